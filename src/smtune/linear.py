@@ -1,0 +1,138 @@
+"""Linear layers that train only blocks of their weight: two autograd operators.
+
+`block_linear` (resident): the blocks stand in W, the forward is the plain dense product, and the backward computes
+`dX = dY W` as always but the weight gradient only at the blocks (paper §3.1 equation 2, §3.2). What it keeps for that
+is one contiguous copy of the columns of x that some block reads, and a reference to W.
+
+`additive_block_linear` (additive): blocks act beside an untouched weight, `y += x Dᵀ`, for bases whose weight cannot
+be written, such as quantised ones.
+
+Both take any leading dims and run under autocast. Imports torch, `smtune.blocks` and `smtune.kernels` alone.
+Shapes: N tokens (all leading dims), I in, O out, m blocks, l block size, U·l used columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smtune.blocks import BlockIndex
+from smtune.kernels import block_grad, block_grad_compact, block_product_
+
+
+def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex) -> Tensor:
+    """`x Wᵀ + b`, differentiable in x, b and the selected blocks of W only.
+
+    Args:
+        x: (..., I).
+        weight: (O, I), frozen; its values at the index are those the blocks stand for. Receives no gradient.
+        bias: (O,) or None.
+        blocks: (m, l, l), any float dtype: receives the gradient of W at the index. Its values are not read, so it
+            may hold the blocks themselves or, as the tuner does, their distance from the base.
+        index: the places of the blocks in W.
+    Returns:
+        (..., O) in x's dtype (autocast's under autocast).
+    Cost: 2·N·O·I FLOP forward; the same for dX, plus 2·N·m·l², backward.
+    Saves: W by reference and N·U·l values of x, U the number of distinct block columns.
+    """
+    x = _autocast(x)
+    if not (torch.is_grad_enabled() and blocks.requires_grad):
+        return F.linear(x, weight, bias)
+    return _BlockLinear.apply(x, weight, bias, blocks, used_columns(x, index), index)
+
+
+def used_columns(x: Tensor, index: BlockIndex) -> Tensor:
+    """The columns of x that some block reads, (..., U·l) contiguous; x itself where every column is read."""
+    if index.uses_every_col:
+        return x.detach()
+    _, _, used = index.on(x.device)
+    blocked = x.detach().unflatten(-1, (-1, index.grid.block_size))
+    return blocked.index_select(-2, used).flatten(-2)
+
+
+class _BlockLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, blocks, x_used, index):
+        ctx.save_for_backward(weight, x_used)
+        ctx.index = index
+        ctx.blocks_dtype = blocks.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (grad_y,) = grads
+        weight, x_used = ctx.saved_tensors
+        grad_x = grad_bias = grad_blocks = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ weight.to(grad_y.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[3]:
+            grad_blocks = block_grad_compact(grad_y, x_used, ctx.index).to(ctx.blocks_dtype)
+        return grad_x, None, grad_bias, grad_blocks, None, None
+
+
+def additive_block_linear(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex) -> Tensor:
+    """`y + x Dᵀ`, D the (O, I) matrix that is `blocks` at the index and zero elsewhere; D is never formed.
+
+    Args:
+        y: (..., O), the base layer's output.
+        x: (..., I), the base layer's input.
+        blocks: (m, l, l), differentiable, cast to y's dtype for the product.
+        index: the places of the blocks.
+    Returns:
+        (..., O), a new tensor in y's dtype.
+    Cost: 2·N·m·l² FLOP forward, twice that backward.
+    Saves: the blocks by reference and N·U·l values of x.
+    """
+    return _AdditiveBlockLinear.apply(y, x.to(y.dtype), blocks, index)
+
+
+class _AdditiveBlockLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, blocks, index):
+        x_used = used_columns(x, index) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(blocks, x_used)
+        ctx.index = index
+        out = y.clone(memory_format=torch.contiguous_format)
+        return block_product_(out, x, blocks, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (grad_y,) = grads
+        blocks, x_used = ctx.saved_tensors
+        index = ctx.index
+        grad_x = grad_blocks = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad_y.new_zeros(*grad_y.shape[:-1], index.grid.in_features)
+            block_product_(grad_x, grad_y, blocks, index, transpose=True)
+        if ctx.needs_input_grad[2]:
+            grad_blocks = block_grad_compact(grad_y, x_used, index).to(blocks.dtype)
+        return grad_y, grad_x, grad_blocks, None
+
+
+def block_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex) -> Tensor:
+    """The slow, obvious twin of `block_linear`: ordinary autograd through a dense W that holds the blocks' values.
+
+    Here `blocks` are values: the weight used is `weight` with the indexed blocks replaced by them.
+    """
+    rows, cols, _ = index.on(weight.device)
+    size = index.grid.block_size
+    tiles = weight.unflatten(0, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 1, 3)
+    tiles = tiles.index_put((rows, cols), blocks.to(weight.dtype))
+    return F.linear(x, tiles.permute(0, 2, 1, 3).reshape(weight.shape), bias)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast would hand it to a linear layer, so that what is saved is what the product has seen."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+__all__ = ["additive_block_linear", "block_grad", "block_linear", "block_linear_reference", "used_columns"]

@@ -1,0 +1,399 @@
+"""Score every block of the targeted weights from warm-up batches (paper §3.2, appendix B).
+
+A *tap* on each targeted linear layer sees its input X and the gradient dY of its output during an ordinary backward,
+and folds `G = dYᵀ X`, the gradient of the weight, into that layer's accumulator; then G is gone. No weight needs
+`requires_grad`, so the backward computes only what the scores need, ends at the lowest targeted layer, and works
+on quantised weights and under activation checkpointing. Everything about the model is put back bit for bit.
+
+Criteria (gₜ is the gradient of batch t; each is a mean over the block):
+
+- `abs_of_sum`: |Σₜ gₜ| (the paper). One full accumulator per targeted weight.
+- `net`: |mean of Σₜ gₜ| (the authors' released code). R×C accumulators, and no weight gradient: the sum over a block
+  of dYᵀX is the product of the sums of dY over its rows and of X over its columns.
+- `sum_of_abs`: Σₜ |gₜ|; `fisher`: Σₜ gₜ². R×C accumulators.
+- `activation`: |w| · ‖x column‖₂ (Wanda's score). Forward only.
+- `weight`: |w|; `random`: uniform noise from the seed. No data.
+
+Imports torch, `smtune.blocks` and `smtune.errors` alone. Shapes: O out, I in, R×C grid, N tokens, l block size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from smtune.blocks import BlockGrid, tile
+from smtune.errors import InputError, did_you_mean
+
+DATA_FREE = ("weight", "random")
+"""Criteria that need no batches."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer whose blocks are scored.
+
+    `weight` gives its (O, I) values as a dense tensor; called only by criteria that read weights.
+    """
+
+    module: nn.Module
+    grid: BlockGrid
+    weight: Callable[[], Tensor]
+
+
+class Scores(dict[str, Tensor]):
+    """{module name: (R, C) fp32 scores on the CPU}, in model order, with how they came about.
+
+    Attributes:
+        block_size: l.
+        criterion: the criterion's name.
+        batches_seen: batches scored, over all ranks.
+        model_name: where the model came from, or "".
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        block_size: int,
+        criterion: str,
+        batches_seen: int = 0,
+        model_name: str = "",
+    ) -> None:
+        super().__init__(scores)
+        self.block_size = block_size
+        self.criterion = criterion
+        self.batches_seen = batches_seen
+        self.model_name = model_name
+
+
+@dataclass
+class _Accumulator:
+    """One layer's running score: `fold` takes dY and X of one batch, `value` gives the (R, C) scores at the end.
+
+    `total` is additive over batches and ranks; absolute values of sums are taken in `value` alone.
+    """
+
+    target: Target
+    device: torch.device | None
+    batch: int = 0
+    total: Tensor | None = None
+    last_batch: int = field(default=0, repr=False)
+
+    needs_backward = True
+
+    def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
+        raise NotImplementedError
+
+    def value(self) -> Tensor:
+        raise NotImplementedError
+
+    def _add(self, term: Tensor) -> None:
+        term = term.to(self.device or term.device, torch.promote_types(term.dtype, torch.float32))
+        self.total = term.clone() if self.total is None else self.total.add_(term)
+
+    def _tiles(self, dense_OI: Tensor) -> Tensor:
+        return tile(dense_OI, self.target.grid.block_size)
+
+
+class _AbsOfSum(_Accumulator):
+    def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
+        total = self.total
+        if total is not None and total.device == x_NI.device and total.dtype == x_NI.dtype:
+            total.addmm_(grad_y_NO.T, x_NI)  # the gradient never exists as a tensor of its own
+        else:
+            self._add(grad_y_NO.T @ x_NI)
+
+    def value(self) -> Tensor:
+        return self._tiles(self.total.abs()).mean((-1, -2))
+
+
+class _Net(_Accumulator):
+    def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
+        size = self.target.grid.block_size
+        dtype = torch.promote_types(x_NI.dtype, torch.float32)
+        grad_y_NR = grad_y_NO.unflatten(-1, (-1, size)).sum(-1, dtype=dtype)
+        x_NC = x_NI.unflatten(-1, (-1, size)).sum(-1, dtype=dtype)
+        self._add(grad_y_NR.T @ x_NC)
+
+    def value(self) -> Tensor:
+        return self.total.abs() / self.target.grid.block_size**2
+
+
+class _PerBatch(_Accumulator):
+    """Criteria that are not linear in the gradient need a batch's whole gradient in one piece."""
+
+    def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
+        if self.last_batch == self.batch:
+            raise InputError(
+                "Expected every targeted layer to be used once in a forward, since this criterion is not a sum over "
+                "uses. Got a layer used twice. Use the criterion abs_of_sum or net, or leave the layer out."
+            )
+        self.last_batch = self.batch
+        gradient_OI = grad_y_NO.T @ x_NI
+        gradient_OI = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32))
+        self._add(self._tiles(self._measure_(gradient_OI)).mean((-1, -2)))
+
+    def _measure_(self, gradient_OI: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def value(self) -> Tensor:
+        return self.total
+
+
+class _SumOfAbs(_PerBatch):
+    def _measure_(self, gradient_OI: Tensor) -> Tensor:
+        return gradient_OI.abs_()
+
+
+class _Fisher(_PerBatch):
+    def _measure_(self, gradient_OI: Tensor) -> Tensor:
+        return gradient_OI.square_()
+
+
+class _Activation(_Accumulator):
+    needs_backward = False
+
+    def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
+        self._add(x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0))
+
+    def value(self) -> Tensor:
+        weight = self.target.weight().abs()
+        return self._tiles(weight * self.total.sqrt().to(weight.device)).mean((-1, -2))
+
+
+_ACCUMULATORS: dict[str, type[_Accumulator]] = {
+    "abs_of_sum": _AbsOfSum,
+    "net": _Net,
+    "sum_of_abs": _SumOfAbs,
+    "fisher": _Fisher,
+    "activation": _Activation,
+}
+
+CRITERIA = (*_ACCUMULATORS, *DATA_FREE)
+"""Every criterion by name; the first is the paper's."""
+
+
+def check_criterion(criterion: str) -> None:
+    """Raises InputError if there is no such criterion."""
+    if criterion not in CRITERIA:
+        raise InputError(
+            f"Expected criterion to be one of {', '.join(CRITERIA)}. Got {criterion!r}."
+            + did_you_mean(str(criterion), CRITERIA)
+        )
+
+
+def score(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Iterable[Mapping[str, object]] | None,
+    *,
+    criterion: str = "abs_of_sum",
+    max_batches: int = 100,
+    accumulator_device: torch.device | str | None = None,
+    seed: int = 0,
+    on_batch: Callable[[int], object] | None = None,
+) -> Scores:
+    """Score the blocks of the targets; the model is left bit for bit as it was.
+
+    Args:
+        model: called as `model(**batch)`; its output must have a scalar `.loss`. Runs in train mode, as training
+            will, with every random state restored afterwards.
+        targets: the layers by name, in model order.
+        batches: keyword dicts for the model; at most `max_batches` are drawn. May be None for `weight`, `random`.
+        criterion: see the module's docstring.
+        accumulator_device: where accumulators live; None: beside their gradient.
+        seed: of `random`.
+        on_batch: called after each batch with the number of batches done.
+    Returns:
+        The scores, the same on every rank of a process group: the signed accumulators are summed over ranks before
+        any absolute value is taken, since |Σ| does not add up.
+    Raises:
+        InputError: no batch, a batch that is no dict, an output without a loss, a loss that is not finite.
+    Memory: the activations of a frozen backward and the targets' inputs; the accumulators; one gradient at a time.
+    """
+    check_criterion(criterion)
+    if not targets:
+        raise InputError("Expected at least one targeted layer. Got none.")
+    block_size = next(iter(targets.values())).grid.block_size
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        noise = {name: torch.rand(target.grid.shape, generator=generator) for name, target in targets.items()}
+        return Scores(noise, block_size=block_size, criterion=criterion)
+    if criterion == "weight":
+        magnitude = {
+            name: _to_host(tile(target.weight().abs(), block_size).mean((-1, -2), dtype=torch.float32))
+            for name, target in targets.items()
+        }
+        return Scores(magnitude, block_size=block_size, criterion=criterion)
+    if batches is None:
+        raise InputError(f"Expected batches for the criterion {criterion!r}. Got None.")
+
+    device = torch.device(accumulator_device) if accumulator_device is not None else None
+    accumulators = {name: _ACCUMULATORS[criterion](target, device) for name, target in targets.items()}
+    seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
+    if seen == 0:
+        raise InputError("Expected at least one batch to score with. Got an empty iterable.")
+    seen = _sum_over_ranks(accumulators, seen)
+    missing = [name for name, accumulator in accumulators.items() if accumulator.total is None]
+    if missing:
+        raise InputError(
+            f"Expected every targeted layer to take part in the forward. {missing[0]} did not"
+            + (f", nor did {len(missing) - 1} more." if len(missing) > 1 else ".")
+            + " Leave it out of target_modules."
+        )
+    scores = {name: _to_host(accumulator.value()) for name, accumulator in accumulators.items()}
+    return Scores(scores, block_size=block_size, criterion=criterion, batches_seen=seen)
+
+
+def _run(
+    model: nn.Module,
+    accumulators: Mapping[str, _Accumulator],
+    batches: Iterable[Mapping[str, object]],
+    on_batch: Callable[[int], object] | None,
+) -> int:
+    """Forward and backward over the batches with taps in place. Returns the number of batches."""
+    needs_backward = next(iter(accumulators.values())).needs_backward
+    device = next(model.parameters()).device
+    seen = 0
+    with _left_as_found(model), _taps(model, accumulators), torch.set_grad_enabled(needs_backward):
+        for seen, batch in enumerate(batches, start=1):
+            for accumulator in accumulators.values():
+                accumulator.batch = seen
+            loss = _loss(model, batch, device, seen)
+            if needs_backward:
+                loss.backward()
+            if on_batch is not None:
+                on_batch(seen)
+    return seen
+
+
+def _loss(model: nn.Module, batch: object, device: torch.device, number: int) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"Expected batches of keyword dicts for the model's forward. Got {type(batch).__name__} at batch {number}."
+        )
+    if device.type != "meta":  # offloaded models move their inputs themselves
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise InputError(
+            f"Expected the model's output to have a loss. Got none at batch {number}: "
+            "the batch must hold labels beside the inputs."
+        )
+    if not torch.isfinite(loss):
+        raise InputError(
+            f"Expected a finite loss. Got {loss.item()} at batch {number}: check that each row has labels that "
+            "are not masked, and the model's dtype."
+        )
+    return loss
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; its backward hands dY and the layer's input to `fold`.
+
+    `anchor` requires a gradient, so that the tap is reached although no weight does.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, anchor, fold):
+        ctx.save_for_backward(x)
+        ctx.fold = fold
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad_y,) = grads
+        (x,) = ctx.saved_tensors
+        ctx.fold(grad_y.flatten(0, -2), x.to(grad_y.device, grad_y.dtype).flatten(0, -2))
+        return (grad_y if ctx.needs_input_grad[0] else None), None, None, None
+
+
+@contextmanager
+def _taps(model: nn.Module, accumulators: Mapping[str, _Accumulator]) -> Iterator[None]:
+    """Place a tap behind each target, and make checkpointed layers reachable for the backward."""
+    with ExitStack() as stack:
+        for accumulator in accumulators.values():
+            hook = accumulator.target.module.register_forward_hook(_tap_hook(accumulator), with_kwargs=True)
+            stack.callback(hook.remove)
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if checkpointed and isinstance(embeddings, nn.Module):
+            # Reentrant checkpointing runs a layer's backward only if an input of the layer requires a gradient.
+            hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+            stack.callback(hook.remove)
+        yield
+
+
+def _tap_hook(accumulator: _Accumulator):
+    def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        if not accumulator.needs_backward:
+            with torch.no_grad():
+                accumulator.fold(y.flatten(0, -2), x.flatten(0, -2))
+            return None
+        if not torch.is_grad_enabled():  # the first, gradient-free pass of reentrant checkpointing
+            return None
+        anchor = torch.zeros((), device=y.device, requires_grad=True)
+        return _Tap.apply(y, x, anchor, accumulator.fold)
+
+    return hook
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Freeze the model in train mode; afterwards restore modes, flags, gradients, buffers and random states."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.train()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+
+
+def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int) -> int:
+    """Add the accumulators of all ranks, one at a time; every rank ends with the same. Returns batches seen by all."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return seen
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    for accumulator in accumulators.values():
+        total = accumulator.total
+        if total is None:
+            continue
+        moved = total.to(device) if device is not None else total.cpu()
+        dist.all_reduce(moved)
+        total.copy_(moved)
+    count = torch.tensor(seen, device=device)
+    dist.all_reduce(count)
+    return int(count)
+
+
+def _to_host(scores: Tensor) -> Tensor:
+    return scores.to("cpu", torch.float32)

@@ -1,0 +1,341 @@
+"""Select the best-scoring blocks within a parameter budget: scores in, a `Plan` out (paper §3.1, appendix B).
+
+The choice is deterministic: by score, ties by module order, then row, then column. Policies:
+
+- `global`: the best blocks of all targeted matrices together (the paper).
+- `per_module`: the same number from every matrix.
+- `shares`: the budget split by given shares between groups of matrices (the paper's Table 4), then `global` in each.
+
+A plan is JSON and self-contained. Imports torch, `smtune.blocks` and `smtune.errors` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from smtune.blocks import BlockGrid, BlockIndex
+from smtune.errors import InputError, did_you_mean
+
+POLICIES = ("global", "per_module", "shares")
+FORMAT_VERSION = 1
+
+PROJECTION_GROUPS: dict[str, frozenset[str]] = {
+    "attention": frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"}),
+    "mlp": frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"}),
+}
+"""The groups that `shares` may name, beside any projection's own name."""
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """The selected blocks of one matrix.
+
+    Attributes:
+        shape: (O, I) of the weight.
+        rows, cols: block k is (rows[k], cols[k]); both empty where the matrix stays frozen.
+        score_mean, score_max: over all blocks of the matrix; None where nothing was scored.
+    """
+
+    shape: tuple[int, int]
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    score_mean: float | None = None
+    score_max: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks of a model are trained, and how that came about.
+
+    Attributes:
+        modules: every targeted matrix by module name, in model order, those without a selected block included.
+        block_size: l.
+        criterion, policy: how blocks were scored and chosen.
+        budget: what was asked: a fraction of all parameters (float) or a number of blocks (int).
+        total_params: parameters of the model, tied ones once.
+        batches_seen: warm-up batches, over all ranks.
+        model_name: where the model came from, or "".
+        shares: the shares of the policy `shares`, or None.
+        seed: of a random criterion or a shuffled plan.
+    """
+
+    modules: dict[str, ModulePlan]
+    block_size: int
+    criterion: str
+    policy: str
+    budget: float | int
+    total_params: int
+    batches_seen: int = 0
+    model_name: str = ""
+    shares: dict[str, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, module in self.modules.items():
+            try:
+                self._index(module)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+
+    @property
+    def n_blocks(self) -> int:
+        return sum(len(module.rows) for module in self.modules.values())
+
+    @property
+    def n_params(self) -> int:
+        """Parameters trained: m·l²."""
+        return self.n_blocks * self.block_size**2
+
+    @property
+    def fraction(self) -> float:
+        """Parameters trained over all parameters."""
+        return self.n_params / self.total_params
+
+    def index(self, name: str) -> BlockIndex:
+        """The selected blocks of a module as an index. Raises KeyError for a module that is not in the plan."""
+        return self._index(self.modules[name])
+
+    def _index(self, module: ModulePlan) -> BlockIndex:
+        grid = BlockGrid(*module.shape, self.block_size)
+        return BlockIndex.from_pairs(grid, list(zip(module.rows, module.cols, strict=True)))
+
+    def shuffled(self, seed: int) -> Plan:
+        """A control: the same number of blocks in every matrix, at uniformly random places."""
+        generator = torch.Generator().manual_seed(seed)
+        modules = {}
+        for name, module in self.modules.items():
+            grid = BlockGrid(*module.shape, self.block_size)
+            places = torch.randperm(grid.n_blocks, generator=generator)[: len(module.rows)].sort().values.tolist()
+            rows, cols = _split(places, grid)
+            modules[name] = dataclasses.replace(module, rows=rows, cols=cols)
+        return dataclasses.replace(self, modules=modules, criterion=f"{self.criterion}, shuffled", seed=seed)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises InputError unless every module of the plan is in `model` with the shape planned for."""
+        present = dict(model.named_modules())
+        faults = []
+        for name, module in self.modules.items():
+            layer = present.get(name)
+            if layer is None:
+                faults.append(f"{name}: not in the model.{did_you_mean(name, present)}")
+                continue
+            shape = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+            if shape != tuple(module.shape):
+                faults.append(f"{name}: expected a weight of shape {tuple(module.shape)}, got {shape}.")
+        if faults:
+            shown = "\n  ".join(faults[:5]) + (f"\n  … and {len(faults) - 5} more." if len(faults) > 5 else "")
+            made_for = f" It was made for {self.model_name!r}." if self.model_name else ""
+            raise InputError(f"The plan does not fit this model.{made_for} Make a plan for it.\n  {shown}")
+
+    def to_dict(self) -> dict:
+        """Plain JSON values. Blocks are written as "row,col row,col …"."""
+        return {
+            "format": FORMAT_VERSION,
+            "model_name": self.model_name,
+            "block_size": self.block_size,
+            "criterion": self.criterion,
+            "policy": self.policy,
+            "shares": self.shares,
+            "budget": self.budget,
+            "seed": self.seed,
+            "batches_seen": self.batches_seen,
+            "total_params": self.total_params,
+            "n_blocks": self.n_blocks,
+            "n_params": self.n_params,
+            "modules": [
+                {
+                    "name": name,
+                    "shape": list(module.shape),
+                    "blocks": " ".join(f"{row},{col}" for row, col in zip(module.rows, module.cols)),
+                    "score_mean": module.score_mean,
+                    "score_max": module.score_max,
+                }
+                for name, module in self.modules.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> Plan:
+        """The inverse of `to_dict`. Raises InputError for what is not a plan."""
+        if not isinstance(values, Mapping) or "format" not in values:
+            raise InputError("Expected a plan: a JSON object with a `format`. Got something else.")
+        if values["format"] != FORMAT_VERSION:
+            raise InputError(
+                f"Expected a plan of format {FORMAT_VERSION}. Got {values['format']!r}: update smtune, or remake it."
+            )
+        try:
+            modules = {}
+            for module in values["modules"]:
+                pairs = [tuple(map(int, pair.split(","))) for pair in module["blocks"].split()]
+                modules[module["name"]] = ModulePlan(
+                    shape=(int(module["shape"][0]), int(module["shape"][1])),
+                    rows=tuple(row for row, _ in pairs),
+                    cols=tuple(col for _, col in pairs),
+                    score_mean=module["score_mean"],
+                    score_max=module["score_max"],
+                )
+            fields = {field.name for field in dataclasses.fields(cls)} - {"modules"}
+            return cls(modules=modules, **{name: values[name] for name in fields})
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"Expected a plan as `Plan.save` writes it. Got one that fails on {error!r}.") from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=1, ensure_ascii=False)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan. Raises InputError naming the file for a missing or faulty one."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"Expected a plan at {os.fspath(path)}. There is no such file.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"Expected a plan at {os.fspath(path)}. It cannot be read: {error}.") from None
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"Expected a plan at {os.fspath(path)}. Line {error.lineno} is not JSON: {error.msg}."
+            ) from None
+        try:
+            return cls.from_dict(values)
+        except InputError as error:
+            raise InputError(f"{os.fspath(path)}: {error}") from None
+
+
+def check_budget(budget: float | int) -> None:
+    """Raises InputError unless the budget is a fraction in (0, 1] (float) or a positive number of blocks (int)."""
+    is_count = isinstance(budget, int) and not isinstance(budget, bool)
+    if (is_count and budget >= 1) or (isinstance(budget, float) and 0.0 < budget <= 1.0):
+        return
+    raise InputError(
+        "Expected budget to be a fraction of all parameters, a float in (0, 1], or a number of blocks, an int ≥ 1. "
+        f"Got {budget!r}."
+    )
+
+
+def check_policy(policy: str, shares: Mapping[str, float] | None) -> None:
+    """Raises InputError for an unknown policy, or shares that are missing, out of place or more than the whole."""
+    if policy not in POLICIES:
+        raise InputError(
+            f"Expected policy to be one of {', '.join(POLICIES)}. Got {policy!r}." + did_you_mean(str(policy), POLICIES)
+        )
+    if (policy == "shares") != bool(shares):
+        raise InputError(
+            'Expected `shares` with the policy "shares" and only with it, such as {"attention": 0.75, "mlp": 0.25}. '
+            f"Got policy {policy!r} with shares {shares!r}."
+        )
+    if shares and (min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9):
+        raise InputError(f"Expected shares that are not negative and sum to at most 1. Got {dict(shares)}.")
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    *,
+    block_size: int,
+    budget: float | int,
+    total_params: int,
+    policy: str = "global",
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, BlockIndex]:
+    """The blocks to train.
+
+    Args:
+        scores: (R, C) by module name, in model order.
+        block_size: l.
+        budget: a fraction of `total_params`, or a number of blocks.
+        total_params: parameters of the model.
+        policy, shares: see the module's docstring. Shares by group (`attention`, `mlp`) or projection name.
+    Returns:
+        The index of every module, empty where nothing was selected; blocks ordered by row, then column. In all never
+        more than the budget; fewer where the policy cannot spend it or fewer blocks exist.
+    Raises:
+        InputError: a score that is not finite, a budget below one block, or shares that match no module.
+    """
+    check_budget(budget)
+    check_policy(policy, shares)
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise InputError(f"Expected finite scores. Got one that is not in {name}: the gradients overflowed.")
+    # The tolerance, far below one parameter, lets k·l²/total_params buy k blocks in spite of rounding.
+    count = budget if isinstance(budget, int) else math.floor(budget * total_params / block_size**2 + 1e-9)
+    if count < 1:
+        raise InputError(
+            f"Expected a budget of at least one block. Got {budget} of {total_params:,} parameters, less than one "
+            f"block of {block_size}² = {block_size**2:,}: raise it to {block_size**2 / total_params:.6f} or more, or "
+            "use smaller blocks."
+        )
+    names = list(scores)
+    if policy == "global":
+        chosen = _best(scores, names, count)
+    elif policy == "per_module":
+        each = count // len(names)
+        if each < 1:
+            raise InputError(
+                f"Expected a budget of at least one block per matrix, {len(names)} in all. Got {count} blocks."
+            )
+        chosen = {name: _best(scores, [name], each)[name] for name in names}
+    else:
+        chosen = {name: [] for name in names}
+        for group, share in (shares or {}).items():
+            members = [name for name in names if _belongs(name, group)]
+            if not members:
+                projections = sorted({name.rpartition(".")[2] for name in names})
+                raise InputError(
+                    f"Expected shares of groups that are targeted. Got {group!r}, which none of "
+                    f"{', '.join(projections)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *projections])
+                )
+            if any(chosen[name] for name in members):
+                raise InputError(f"Expected groups that do not overlap. Got {', '.join(shares or {})}.")
+            chosen.update(_best(scores, members, math.floor(share * count + 1e-9)))
+    return {name: _to_index(scores[name], chosen[name], block_size) for name in names}
+
+
+def _best(scores: Mapping[str, Tensor], names: Sequence[str], count: int) -> dict[str, list[int]]:
+    """The flat places of the `count` best blocks of the named modules; ties go to the earlier module and place."""
+    flat = torch.cat([scores[name].flatten() for name in names])
+    order = torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
+    chosen, start = {}, 0
+    for name in names:
+        end = start + scores[name].numel()
+        chosen[name] = (order[(order >= start) & (order < end)] - start).tolist()
+        start = end
+    return chosen
+
+
+def _belongs(name: str, group: str) -> bool:
+    projection = name.rpartition(".")[2]
+    return projection in PROJECTION_GROUPS.get(group, {group})
+
+
+def _to_index(score: Tensor, places: list[int], block_size: int) -> BlockIndex:
+    grid = BlockGrid(score.shape[0] * block_size, score.shape[1] * block_size, block_size)
+    rows, cols = _split(places, grid)
+    return BlockIndex.from_pairs(grid, list(zip(rows, cols)))
+
+
+def _split(places: Sequence[int], grid: BlockGrid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    n_cols = grid.shape[1]
+    return tuple(place // n_cols for place in places), tuple(place % n_cols for place in places)

@@ -1,0 +1,25 @@
+"""SMT as a PEFT method: `SMTConfig`, `SMTModel`, `SMTLayer`, in the roles of every PEFT tuner.
+
+Importing this package registers the method with PEFT, once, so that saving, loading, several adapters, merging,
+Trainer and TRL work as for PEFT's own. Imports torch, peft and the core below.
+"""
+
+from smtune.tuner.config import SMTConfig
+from smtune.tuner.layer import SMTLayer, SMTLinear
+from smtune.tuner.model import SMTModel
+from smtune.tuner.plan import get_smt_model, make_plan, preprocess_smt, score_blocks, select_blocks
+from smtune.tuner.register import register
+
+register()
+
+__all__ = [
+    "SMTConfig",
+    "SMTLayer",
+    "SMTLinear",
+    "SMTModel",
+    "get_smt_model",
+    "make_plan",
+    "preprocess_smt",
+    "score_blocks",
+    "select_blocks",
+]

@@ -1,0 +1,138 @@
+"""`SMTConfig`: everything that decides what is trained, saved as `adapter_config.json`.
+
+It is complete: the block map of the plan is in it, so an adapter needs no other file beside its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from smtune.blocks import BlockIndex
+from smtune.errors import InputError, did_you_mean
+from smtune.scoring import check_criterion
+from smtune.selection import Plan, check_budget, check_policy
+from smtune.tuner.register import peft_type
+
+MODES = ("auto", "resident", "additive")
+
+
+@dataclass
+class SMTConfig(PeftConfig):
+    """Configuration of Sparse Matrix Tuning. The defaults are the paper's setting, but for the block size.
+
+    Args:
+        target_modules: names, name endings or a regular expression of the linear layers to choose blocks from, or
+            "all-linear". None: the architecture's q, k and v projections (paper §3.1).
+        exclude_modules: taken out of the targets; names, endings or a regular expression.
+        layers_to_transform: numbers of the decoder layers to choose blocks from. None: all.
+        layers_pattern: name of the list that holds the decoder layers, where it cannot be told.
+        block_size: l, a number that divides every targeted weight, or "auto": the largest common divisor, at most 256.
+        budget: a fraction of all parameters (float in (0, 1]) or a number of blocks in all (int).
+        criterion: how blocks are scored; see `smtune.scoring`.
+        policy: how blocks are chosen from scores: "global", "per_module" or "shares".
+        shares: with policy "shares", the share of the budget by group, such as {"attention": 0.75, "mlp": 0.25}.
+        warmup_steps: batches to score with, at most.
+        accumulator_device: where scoring keeps its accumulators, such as "cpu". None: beside the gradients.
+        mode: "resident" (blocks stand in the weight), "additive" (blocks act beside it) or "auto": resident for a
+            dense weight, additive for a quantised or sharded one.
+        seed: of the criterion "random".
+        init_weights: False starts the deltas from small noise instead of zero; for tests only.
+        modules_to_save: further modules to train whole and save with the adapter.
+        trainable_token_indices: further embedding rows to train.
+        plan: the plan as a JSON value; set by `with_plan`.
+    Raises:
+        InputError: naming every faulty field at once.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to choose from."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers taken out again."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Decoder layers to use."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    block_size: int | Literal["auto"] = field(default="auto", metadata={"help": 'l, or "auto".'})
+    budget: float | int = field(default=0.0084, metadata={"help": "Fraction of all parameters, or blocks."})
+    criterion: str = field(default="abs_of_sum", metadata={"help": "How blocks are scored."})
+    policy: str = field(default="global", metadata={"help": "How blocks are chosen."})
+    shares: dict[str, float] | None = field(default=None, metadata={"help": "Shares of the budget by group."})
+    warmup_steps: int = field(default=100, metadata={"help": "Batches to score with."})
+    accumulator_device: str | None = field(default=None, metadata={"help": "Where scoring accumulates."})
+    mode: str = field(default="auto", metadata={"help": "auto, resident or additive."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
+    init_weights: bool = field(default=True, metadata={"help": "False: noise instead of zero, for tests."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows trained beside."}
+    )
+    plan: dict[str, Any] | None = field(default=None, metadata={"help": "The plan; set by with_plan."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check()
+
+    def _check(self) -> None:
+        faults = []
+
+        def collect(check, *args) -> None:
+            try:
+                check(*args)
+            except InputError as error:
+                faults.append(str(error))
+
+        if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size < 1):
+            faults.append(f'Expected block_size to be "auto" or a positive integer. Got {self.block_size!r}.')
+        if self.mode not in MODES:
+            faults.append(
+                f"Expected mode to be one of {', '.join(MODES)}. Got {self.mode!r}."
+                + did_you_mean(str(self.mode), MODES)
+            )
+        if type(self.warmup_steps) is not int or self.warmup_steps < 1:
+            faults.append(f"Expected warmup_steps to be a positive integer. Got {self.warmup_steps!r}.")
+        collect(check_budget, self.budget)
+        collect(check_criterion, self.criterion)
+        collect(check_policy, self.policy, self.shares)
+        if self.plan is not None:
+            collect(Plan.from_dict, self.plan)
+        if faults:
+            raise InputError("\n".join(faults))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SMTConfig:
+        """The paper's setting (§4.1): blocks of 256 of q, k, v by |Σ gradient| over 100 batches, 0.84 % trained."""
+        setting: dict[str, Any] = {
+            "target_modules": ["q_proj", "k_proj", "v_proj"],
+            "block_size": 256,
+            "budget": 0.0084,
+            "criterion": "abs_of_sum",
+            "policy": "global",
+            "warmup_steps": 100,
+        }
+        return cls(**(setting | changes))
+
+    def with_plan(self, plan: Plan) -> SMTConfig:
+        """A copy of this configuration that trains the plan's blocks."""
+        config = copy.deepcopy(self)
+        config.plan = plan.to_dict()
+        config.block_size = plan.block_size
+        return config
+
+    def get_plan(self) -> Plan | None:
+        """The plan as a `Plan`, or None where there is none yet."""
+        return Plan.from_dict(self.plan) if self.plan is not None else None
+
+    def block_map(self) -> dict[str, BlockIndex]:
+        """The index of every module that has blocks to train; empty without a plan."""
+        cached = self.__dict__.get("_block_map")
+        if cached is None or cached[0] is not self.plan:
+            plan = self.get_plan()
+            modules = plan.modules.items() if plan is not None else ()
+            cached = (self.plan, {name: plan.index(name) for name, module in modules if module.rows})
+            self.__dict__["_block_map"] = cached
+        return cached[1]

@@ -1,0 +1,376 @@
+"""`SMTLinear`: a linear layer with block adapters, and the life of the blocks that stand in its weight.
+
+What is trained is the *delta* of each selected block, fp32 (m, l, l), starting at zero. In *resident* mode the active
+adapters' blocks stand in W itself: before every use W is written as
+
+    W[blocks] = round(original + Σ active deltas),    summed in fp32 in order of activation,
+
+so no forward sees stale blocks however the deltas changed (an optimizer step, `load_state_dict`, a `.data.copy_`), and
+again before the backward, so that a forward with other adapters in between does no harm. The write goes through
+`.data`, which autograd's version counter does not see: recomputation under checkpointing rests on that. `originals`
+is one copy of the base's blocks over the union of all adapters; everything that must give the base back (disabling,
+switching, unmerging, `state_dict`) copies it into W, nothing is ever subtracted. So outside a forward and backward,
+W is the base, or the merged weight.
+
+In *additive* mode W is left alone and the blocks' product is added to the layer's output.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from smtune.blocks import BlockIndex, gather, scatter_
+from smtune.errors import InputError
+from smtune.linear import additive_block_linear, block_linear
+
+
+class Blocks(nn.Module):
+    """The trainable deltas of one adapter in one layer, with their places.
+
+    Attributes:
+        weight: (m, l, l) delta of each block, fp32 (fp64 for an fp64 base).
+        index: (m, 2) int64, (row, col) of each block. Saved with the weights so that a checkpoint of another plan is
+            refused instead of landing on the wrong blocks; the configuration is the truth.
+    """
+
+    index: Tensor
+
+    def __init__(self, places: BlockIndex, dtype: torch.dtype, device: torch.device, init_weights: bool) -> None:
+        super().__init__()
+        self.places = places
+        size = places.grid.block_size
+        weight = torch.zeros(len(places), size, size, dtype=dtype, device=device)
+        if not init_weights:
+            nn.init.normal_(weight, std=0.02)
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("index", torch.stack([places.rows, places.cols], dim=1))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        index = state_dict.get(prefix + "index")
+        expected = torch.stack([self.places.rows, self.places.cols], dim=1)
+        if index is not None and not torch.equal(index.cpu().to(expected.dtype), expected):
+            errors.append(
+                f"{prefix}index: the checkpoint trains other blocks than this adapter's plan. Load it with the "
+                "adapter_config.json that was saved beside it."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.places)} blocks of {self.places.grid.block_size}²"
+
+
+class SMTLayer(BaseTunerLayer):
+    """What PEFT asks of a tuner's layer: where its adapters are kept."""
+
+    adapter_layer_names = ("smt_blocks",)
+    other_param_names = ()
+
+
+class _ActiveSet:
+    """The union of some adapters' blocks, and how deltas and originals fit into it.
+
+    Attributes:
+        names: the adapters, in order of activation.
+        index: the union of their blocks.
+        slots: for each adapter, the positions of its blocks in `index`; None where they are all of it, in order.
+        positions: those of `index` in the union of all adapters of the layer; None likewise.
+    """
+
+    def __init__(self, names: tuple[str, ...], places: Sequence[BlockIndex], all_places: BlockIndex) -> None:
+        self.names = names
+        self.index = _union(places)
+        self.slots = [_positions(each, self.index) for each in places]
+        self.positions = _positions(self.index, all_places)
+
+    def total(self, deltas: Sequence[Tensor]) -> Tensor:
+        """Σ of the adapters' deltas over `index`, (U, l, l), differentiable in each."""
+        if len(deltas) == 1 and self.slots[0] is None:
+            return deltas[0]
+        total = deltas[0].new_zeros(len(self.index), *deltas[0].shape[1:])
+        for slots, delta in zip(self.slots, deltas):
+            total = total + delta if slots is None else total.index_add(0, slots.to(delta.device), delta)
+        return total
+
+
+class SMTLinear(nn.Module, SMTLayer):
+    """A linear layer with SMT adapters.
+
+    Args:
+        base_layer: an `nn.Linear`, or a quantised layer with `in_features` and `out_features`.
+        mode: "auto", "resident" or "additive"; see `SMTConfig`.
+        name: the layer's name in the model, for messages.
+    Raises:
+        InputError: resident mode for a weight that is not a dense floating tensor.
+    """
+
+    def __init__(self, base_layer: nn.Module, mode: str = "auto", name: str = "", **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features: int = base_layer.in_features
+        self.out_features: int = base_layer.out_features
+        self.smt_blocks = nn.ModuleDict()
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters = []
+        self._name = name
+        self._is_dense = is_dense(base_layer)
+        # Resident mode takes the place of the layer's own forward, so it has to be the plain product.
+        can_be_resident = self._is_dense and type(base_layer).forward is nn.Linear.forward
+        if mode == "resident" and not can_be_resident:
+            raise InputError(
+                f"Expected a plain nn.Linear with a dense floating weight for resident mode. Got "
+                f'{type(base_layer).__name__} at {name}: use mode="additive", or "auto".'
+            )
+        self.resident = can_be_resident if mode == "auto" else mode == "resident"
+        self.kwargs = kwargs
+
+        # The blocks of the base over the union of all adapters; taken when W is first written.
+        self.register_buffer("smt_originals", None, persistent=False)
+        self._union: BlockIndex | None = None
+        self._standing: _ActiveSet | None = None
+        self._active_set: _ActiveSet | None = None
+        self._base_weight: nn.Parameter | None = None
+
+        self.register_state_dict_pre_hook(_restore_base)
+
+    # The adapters -----------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, places: BlockIndex, init_weights: bool = True) -> None:
+        """Add an adapter that trains the blocks at `places`."""
+        if (places.grid.out_features, places.grid.in_features) != (self.out_features, self.in_features):
+            raise InputError(
+                f"Expected a plan for a ({self.out_features}, {self.in_features}) weight at {self._name}. Got one for "
+                f"({places.grid.out_features}, {places.grid.in_features})."
+            )
+        sizes = {blocks.places.grid.block_size for blocks in self.smt_blocks.values()} - {places.grid.block_size}
+        if sizes:
+            raise InputError(
+                f"Expected all adapters of a layer to have one block size, {sizes.pop()} at {self._name}. Got "
+                f"{places.grid.block_size}: make the plan with that block size."
+            )
+        self._restore()
+        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.smt_blocks[adapter_name] = Blocks(places, dtype, device or torch.device("cpu"), init_weights)
+        self._set_union()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._restore()
+        super().delete_adapter(adapter_name)
+        self._set_union()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self._restore()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._restore()
+        super().enable_adapters(enabled)
+
+    def _set_union(self) -> None:
+        """Fit `originals` to the adapters there are now, keeping what it knows: W may be merged."""
+        old_union, old_originals = self._union, self.smt_originals
+        places = [blocks.places for blocks in self.smt_blocks.values()]
+        self._union = _union(places) if places else None
+        self._active_set = None
+        if old_union is None or old_originals is None or self._union is None:
+            self.smt_originals = None
+            return
+        originals = gather(self.base_layer.weight.data, self._union)
+        known = {pair: k for k, pair in enumerate(old_union.pairs)}
+        for k, pair in enumerate(self._union.pairs):
+            if pair in known:
+                originals[k] = old_originals[known[pair]]
+        self.smt_originals = originals
+
+    def _adapters(self, names: Sequence[str]) -> _ActiveSet | None:
+        """The named adapters that this layer has, as a set; None if it has none of them."""
+        present = tuple(name for name in names if name in self.smt_blocks)
+        if not present:
+            return None
+        if self._active_set is None or self._active_set.names != present:
+            places = [self.smt_blocks[name].places for name in present]
+            self._active_set = _ActiveSet(present, places, self._union)
+        return self._active_set
+
+    def _deltas(self, adapters: _ActiveSet) -> list[Tensor]:
+        return [self.smt_blocks[name].weight for name in adapters.names]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the base's dtype, which would round the deltas to 16 bits on loading.
+        target = device if device is not None else self._get_base_layer_device_and_dtype(self.base_layer)[0]
+        if adapter_name in self.smt_blocks and target is not None:
+            blocks = self.smt_blocks[adapter_name]
+            if blocks.weight.device.type != "meta":
+                blocks.to(target)
+
+    # Blocks in the weight ---------------------------------------------------------------------------------------
+
+    def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
+        """Write original + total over the adapters' blocks of W, after taking out whatever else stands there."""
+        if self._standing is not None and self._standing is not adapters:
+            self._restore()
+        self._write(adapters, total)
+        self._standing = adapters
+
+    def _write(self, adapters: _ActiveSet, total: Tensor) -> None:
+        weight = self.base_layer.weight.data
+        if self.smt_originals is None:
+            self.smt_originals = gather(weight, self._union)
+        originals = self.smt_originals if adapters.positions is None else self.smt_originals[adapters.positions]
+        dtype = torch.promote_types(total.dtype, torch.float32)
+        scatter_(weight, adapters.index, originals.to(dtype) + total.detach())
+
+    def _restore(self) -> None:
+        """Take the resident blocks out of W: it is the base again, bit for bit."""
+        if self._standing is not None:
+            scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
+            self._standing = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The base weight may be about to change: what stands in it goes first, and the originals are taken anew.
+        self._restore()
+        if not self.merged:
+            self.smt_originals = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    # Forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            adapters = None
+        else:
+            adapters = None if self.merged else self._adapters(self.active_adapters)
+        if adapters is None:
+            self._restore()
+            return self.base_layer(x, *args, **kwargs)
+        total = adapters.total(self._deltas(adapters))
+        weight = self.base_layer.weight
+        if not self.resident or weight.device.type == "meta":  # an offloaded weight cannot be written
+            return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, adapters.index)
+        self._stand(adapters, total)
+        y = block_linear(x, weight, self.base_layer.bias, total, adapters.index)
+        if y.requires_grad:
+            y.register_hook(lambda grad: self._before_backward(adapters, total))
+        return y
+
+    def _before_backward(self, adapters: _ActiveSet, total: Tensor) -> None:
+        """This layer's backward, next, reads W: make it what the forward saw."""
+        if not self.merged:
+            self._stand(adapters, total)
+
+    # Merging ----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make adapters part of the weight until `unmerge`. None: the active ones.
+
+        A merged dense weight is the same, bit for bit, as the resident one. A quantised weight is dequantised,
+        added to and quantised again, which rounds; `unmerge` puts the quantised original back.
+
+        Raises:
+            ValueError: with `safe_merge`, if the result is not finite; the weight is then untouched.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
+        if not names:
+            return
+        self._restore()
+        adapters = self._adapters([*self.merged_adapters, *names])
+        assert adapters is not None
+        total = adapters.total(self._deltas(adapters))
+        if safe_merge and not torch.isfinite(total).all():
+            raise ValueError(
+                f"Expected finite deltas. Got NaN or infinity in the merged weights of {', '.join(names)} at "
+                f"{self._name}: the adapter seems to be broken."
+            )
+        if self._is_dense:
+            self._write(adapters, total)
+        else:
+            self._merge_quantised(adapters, total)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the base weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        if self._base_weight is not None:
+            self.base_layer.weight, self._base_weight = self._base_weight, None
+        else:
+            scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
+
+    def _merge_quantised(self, adapters: _ActiveSet, total: Tensor) -> None:
+        if self._base_weight is None:
+            self._base_weight = self.base_layer.weight
+        self.base_layer.weight = self._base_weight
+        dense = dequantize_module_weight(self.base_layer).detach().clone()
+        scatter_(dense, adapters.index, gather(dense, adapters.index) + total.detach())
+        backend = getattr(self, "quantization_backend", None)
+        if backend is None or not backend.supports_merge:
+            raise InputError(
+                f"Expected a base that can be quantised again. Got {type(self.base_layer).__name__} at {self._name}: "
+                "merge into the dense model instead."
+            )
+        backend.set_base_weight(self, dense)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's change of the weight as a dense (O, I) tensor, in the deltas' dtype."""
+        blocks = self.smt_blocks[adapter]
+        dense = blocks.weight.new_zeros(self.out_features, self.in_features)
+        return scatter_(dense, blocks.places, blocks.weight.detach())
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the adapters merged or without them. PEFT's own would leave resident blocks in it."""
+        self._restore()
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        return "resident" if self.resident else "additive"
+
+    def __repr__(self) -> str:
+        return "smt." + super().__repr__()
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """Whether the layer's weight is an ordinary dense floating (O, I) tensor that can be written in place."""
+    weight = getattr(layer, "weight", None)
+    return (
+        isinstance(layer, nn.Linear)
+        and type(weight) in (nn.Parameter, Tensor)
+        and type(weight.data) is Tensor
+        and weight.is_floating_point()
+        and weight.dim() == 2
+    )
+
+
+def _restore_base(layer: SMTLinear, prefix: str, keep_vars: bool) -> None:
+    """A state dict holds the base's weights, not the resident ones: deltas on top of those would count twice."""
+    layer._restore()
+
+
+def _positions(index: BlockIndex, within: BlockIndex) -> Tensor | None:
+    """Where the blocks of `index` stand in `within`, (m,) int64; None if the two are the same."""
+    if index.pairs == within.pairs:
+        return None
+    position = {pair: k for k, pair in enumerate(within.pairs)}
+    return torch.tensor([position[pair] for pair in index.pairs])
+
+
+def _union(places: Sequence[BlockIndex]) -> BlockIndex:
+    """All blocks of the indices, in order of row, then column."""
+    pairs = sorted({pair for index in places for pair in index.pairs})
+    return BlockIndex.from_pairs(places[0].grid, pairs)

@@ -1,0 +1,107 @@
+"""`SMTModel`: puts `SMTLinear` in place of every layer that the plan trains blocks of."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from torch import nn
+
+from smtune.errors import InputError
+from smtune.scoring import DATA_FREE
+from smtune.tuner.config import SMTConfig
+from smtune.tuner.layer import SMTLayer, SMTLinear
+from smtune.tuner.plan import make_plan
+from smtune.tuner.targets import DEFAULT_TARGETS
+
+try:
+    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+except ImportError:  # peft 0.20 has no quantisation backends
+    get_quantization_kwargs = resolve_quantization_backend = None
+
+
+class SMTModel(BaseTuner):
+    """A model with SMT adapters. Made by `peft.get_peft_model`, `peft.PeftModel.from_pretrained` and the like.
+
+    Raises:
+        InputError: a configuration without a plan whose criterion needs data, or a plan that does not fit the model.
+    """
+
+    prefix = "smt_"
+    tuner_layer_cls = SMTLayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    def _pre_injection_hook(self, model: nn.Module, config: SMTConfig, adapter_name: str) -> None:
+        self._complete(model, config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._complete(model, self.peft_config[adapter_name])  # PEFT skips the hook for a second adapter
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _complete(self, model: nn.Module, config: SMTConfig) -> None:
+        """Give the configuration a plan if it can have one without data, and check the plan against the model."""
+        if config.plan is None:
+            if config.criterion not in DATA_FREE:
+                raise InputError(
+                    f"Expected a plan: the criterion {config.criterion!r} scores blocks by gradients. Got a "
+                    "configuration without one. Make it first: `plan = smtune.make_plan(model, batches, config)`, "
+                    "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
+                )
+            config.plan = make_plan(model, None, config).to_dict()
+        plan = config.get_plan()
+        plan.check(model)
+        if config.target_modules is None:
+            config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
+
+    def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SMTConfig, key: str) -> Any:
+        if key in peft_config.block_map():
+            return True
+        # PEFT wants to know of modules that `exclude_modules` took out, so as to warn when it took out none.
+        excluded = check_target_module_exists(peft_config, key)
+        return excluded if isinstance(excluded, _ExcludedModule) else False
+
+    def _create_and_replace(
+        self,
+        peft_config: SMTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        places = peft_config.block_map()[current_key]
+        if isinstance(target, SMTLinear):
+            target.update_layer(adapter_name, places, peft_config.init_weights)
+            return
+        layer = SMTLinear(target, peft_config.mode, current_key)
+        if resolve_quantization_backend is not None and not layer._is_dense:
+            layer.quantization_backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        layer.update_layer(adapter_name, places, peft_config.init_weights)
+        layer.set_adapter(self.active_adapters)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
+        was_active = adapter_name in self.active_adapters
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_active:
+            # PEFT lets each layer choose among its own adapters; layers with other ones would disagree.
+            self.set_adapter(remaining or [*self.peft_config][:1])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(
+                "Expected one adapter for the whole batch. Got `adapter_names`: mixed batches are not supported by "
+                "SMT. Call `set_adapter` and run each adapter's rows apart."
+            )
+        yield
