@@ -1,0 +1,245 @@
+"""Scores against brute force from stored gradients, and the model left bit for bit as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import smtune
+from smtune import InputError, SMTConfig
+from smtune.blocks import tile
+from smtune.scoring import CRITERIA
+
+SIZE = 16
+
+
+def make_batches(n=3, seed=0, vocab=256):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(n):
+        ids = torch.randint(0, vocab, (2, 12), generator=generator)
+        labels = ids.clone()
+        labels[:, :4] = -100
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return batches
+
+
+def stored_gradients(model, batches):
+    """{name: [gradient of each batch]} of q, k, v, by ordinary autograd."""
+    gradients = {}
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, module in model.named_modules():
+            if name.endswith(("q_proj", "k_proj", "v_proj")):
+                gradients.setdefault(name, []).append(module.weight.grad.clone())
+    model.zero_grad()
+    return gradients
+
+
+BRUTE_FORCE = {
+    "abs_of_sum": lambda gradients: sum(gradients).abs(),
+    "sum_of_abs": lambda gradients: sum(gradient.abs() for gradient in gradients),
+    "fisher": lambda gradients: sum(gradient.square() for gradient in gradients),
+}
+
+
+def config(**changes):
+    return SMTConfig(**({"block_size": SIZE, "budget": 8} | changes))
+
+
+@pytest.mark.parametrize("criterion", ["abs_of_sum", "net", "sum_of_abs", "fisher"])
+def test_scores_agree_with_stored_gradients(tiny_llama, criterion):
+    batches = make_batches()
+    scores = smtune.score_blocks(tiny_llama, batches, config(criterion=criterion))
+    gradients = stored_gradients(tiny_llama.train(), batches)
+    assert list(scores) == list(gradients)
+    for name, gradient in gradients.items():
+        if criterion == "net":
+            expected = tile(sum(gradient), SIZE).mean((-1, -2)).abs()
+        else:
+            expected = tile(BRUTE_FORCE[criterion](gradient), SIZE).mean((-1, -2))
+        torch.testing.assert_close(scores[name], expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+
+
+def test_activation_and_weight_agree_with_their_definition(tiny_llama):
+    batches = make_batches()
+    inputs = {}
+
+    def keep(name):
+        return lambda module, args, output: inputs.setdefault(name, []).append(args[0].flatten(0, -2))
+
+    names = [n for n, _ in tiny_llama.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))]
+    hooks = [tiny_llama.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    with torch.no_grad():
+        for batch in batches:
+            tiny_llama.train()(**batch)
+    for hook in hooks:
+        hook.remove()
+    activation = smtune.score_blocks(tiny_llama, batches, config(criterion="activation"))
+    weight = smtune.score_blocks(tiny_llama, None, config(criterion="weight"))
+    for name in names:
+        w = tiny_llama.get_submodule(name).weight.detach().abs()
+        norm = torch.cat(inputs[name]).norm(dim=0)
+        torch.testing.assert_close(activation[name], tile(w * norm, SIZE).mean((-1, -2)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weight[name], tile(w, SIZE).mean((-1, -2)))
+
+
+def test_the_two_readings_of_the_paper_differ(tiny_llama):
+    batches = make_batches()
+    paper = smtune.score_blocks(tiny_llama, batches, config(criterion="abs_of_sum"))
+    code = smtune.score_blocks(tiny_llama, batches, config(criterion="net"))
+    assert any((paper[name] > 2 * code[name]).all() for name in paper)
+
+
+def fingerprint(model):
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(name.encode())
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_model_is_left_as_it_was(tiny_llama, criterion):
+    model = tiny_llama
+    model.train()
+    model.lm_head.eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    keep = torch.full_like(model.model.layers[0].self_attn.q_proj.weight, 3.0)
+    model.model.layers[0].self_attn.q_proj.weight.grad = keep
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: m.training for name, m in model.named_modules()}
+    before, rng, python_rng = fingerprint(model), torch.get_rng_state(), random.getstate()
+
+    smtune.score_blocks(model, make_batches(), config(criterion=criterion))
+
+    assert fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert random.getstate() == python_rng
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is keep
+    assert (keep == 3).all()
+    assert model.model.layers[1].self_attn.q_proj.weight.grad is None
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_buffers_that_training_changes_are_put_back():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.q_proj, self.drop = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return type("Output", (), {"loss": self.drop(self.q_proj(self.norm(x))).square().mean()})
+
+    model = Normed()
+    before = fingerprint(model)
+    batches = [{"x": torch.randn(8, 4)}]
+    smtune.score_blocks(model, batches, SMTConfig(target_modules=["q_proj"], block_size=2, budget=1))
+    assert fingerprint(model) == before
+
+
+def test_the_model_is_left_as_it_was_when_a_batch_fails(tiny_llama):
+    before = fingerprint(tiny_llama)
+    with pytest.raises(ValueError, match="input_ids"):
+        smtune.score_blocks(tiny_llama, [*make_batches(1), {"attention_mask": torch.ones(1, 4)}], config())
+    assert fingerprint(tiny_llama) == before
+    assert all(p.requires_grad for p in tiny_llama.parameters())
+    assert not any(m._forward_hooks for m in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_scores(tiny_llama, use_reentrant):
+    expected = smtune.score_blocks(tiny_llama, make_batches(), config())
+    tiny_llama.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    actual = smtune.score_blocks(tiny_llama, make_batches(), config())
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+def test_accumulators_elsewhere_give_the_same_scores(tiny_llama):
+    here = smtune.score_blocks(tiny_llama, make_batches(), config())
+    there = smtune.score_blocks(tiny_llama, make_batches(), config(accumulator_device="cpu"))
+    for name in here:
+        torch.testing.assert_close(here[name], there[name], rtol=1e-5, atol=1e-9)
+
+
+def test_bf16_models_accumulate_in_fp32(tiny_llama):
+    exact = smtune.score_blocks(tiny_llama, make_batches(), config())
+    rounded = smtune.score_blocks(tiny_llama.to(torch.bfloat16), make_batches(), config())
+    flat = torch.cat([exact[name].flatten() for name in exact]), torch.cat([rounded[n].flatten() for n in exact])
+    assert rounded[next(iter(exact))].dtype == torch.float32
+    assert torch.corrcoef(torch.stack(flat))[0, 1] > 0.99
+
+
+def test_at_most_warmup_steps_batches_are_drawn(tiny_llama):
+    drawn = iter(make_batches(5))
+    scores = smtune.score_blocks(tiny_llama, drawn, config(warmup_steps=2))
+    assert scores.batches_seen == 2
+    assert len(list(drawn)) == 3
+
+
+def test_no_weight_gradient_is_ever_formed_beyond_the_targets(tiny_llama):
+    seen = []
+    for name, parameter in tiny_llama.named_parameters():
+        parameter.register_hook(lambda grad, name=name: seen.append(name))
+    smtune.score_blocks(tiny_llama, make_batches(1), config())
+    assert seen == []
+
+
+def test_a_layer_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return type("Output", (), {"loss": self.q_proj(self.q_proj(x)).square().mean()})
+
+    model = Twice()
+    batches = [{"x": torch.randn(3, 4)}]
+    targets = {"target_modules": ["q_proj"], "block_size": 2, "budget": 1}
+    scores = smtune.score_blocks(model, batches, SMTConfig(**targets))
+    model(**batches[0]).loss.backward()
+    torch.testing.assert_close(scores["q_proj"], tile(model.q_proj.weight.grad.abs(), 2).mean((-1, -2)))
+    with pytest.raises(InputError, match="used twice"):
+        smtune.score_blocks(model, batches, SMTConfig(criterion="fisher", **targets))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch"),
+        ([torch.zeros(2)], "keyword dicts.*Tensor at batch 1"),
+        ([{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}], "to have a loss.*labels"),
+        (
+            [{"input_ids": torch.zeros(1, 4, dtype=torch.int64), "labels": torch.full((1, 4), -100)}],
+            "finite loss.*masked",
+        ),
+        (None, "Expected batches"),
+    ],
+)
+def test_bad_batches(tiny_llama, batches, message):
+    with pytest.raises(InputError, match=message):
+        smtune.score_blocks(tiny_llama, batches, config())
+
+
+def test_random_is_seeded_and_data_free(tiny_llama):
+    first = smtune.score_blocks(tiny_llama, None, config(criterion="random", seed=1))
+    again = smtune.score_blocks(tiny_llama, None, config(criterion="random", seed=1))
+    other = smtune.score_blocks(tiny_llama, None, config(criterion="random", seed=2))
+    name = next(iter(first))
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_progress_is_reported(tiny_llama):
+    done = []
+    smtune.score_blocks(tiny_llama, make_batches(3), config(), progress=done.append)
+    assert done == [1, 2, 3]

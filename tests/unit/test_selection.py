@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from smtune import InputError, Plan
+from smtune.selection import ModulePlan, select
+
+TOTAL = 10_000
+
+
+def scores(**grids):
+    return {name: torch.tensor(grid, dtype=torch.float32) for name, grid in grids.items()}
+
+
+def pairs(chosen):
+    return {name: index.pairs for name, index in chosen.items()}
+
+
+def test_global_takes_the_best_of_all():
+    chosen = select(scores(a=[[1, 9], [3, 4]], b=[[8, 0], [2, 7]]), block_size=4, budget=3, total_params=TOTAL)
+    assert pairs(chosen) == {"a": ((0, 1),), "b": ((0, 0), (1, 1))}
+
+
+def test_ties_go_by_module_order_then_row_then_column():
+    equal = scores(b=[[1, 1], [1, 1]], a=[[1, 1]])
+    assert pairs(select(equal, block_size=4, budget=3, total_params=TOTAL)) == {
+        "b": ((0, 0), (0, 1), (1, 0)),
+        "a": (),
+    }
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
+    st.one_of(st.integers(1, 40), st.floats(1e-4, 1.0)),
+    st.sampled_from(["global", "per_module", "shares"]),
+    st.integers(0, 1000),
+)
+def test_never_over_budget_and_deterministic(grids, budget, policy, seed):
+    generator = torch.Generator().manual_seed(seed)
+    names = ["l.q_proj", "l.up_proj", "l.k_proj", "l.down_proj"][: len(grids)]
+    # few distinct values, so that ties are common
+    given_scores = {name: torch.randint(0, 3, grid, generator=generator).float() for name, grid in zip(names, grids)}
+    shares = {"attention": 0.75, "mlp": 0.25} if policy == "shares" else None
+    arguments = {"block_size": 4, "budget": budget, "total_params": 1000, "policy": policy, "shares": shares}
+    try:
+        chosen = select(given_scores, **arguments)
+    except InputError:
+        return
+    assert pairs(chosen) == pairs(select(given_scores, **arguments))
+    count = sum(map(len, chosen.values()))
+    assert count <= (budget if isinstance(budget, int) else budget * 1000 / 16 + 1e-6)
+    if policy == "per_module":
+        room = {name: score.numel() for name, score in given_scores.items()}
+        most = max(map(len, chosen.values()))
+        assert all(len(index) == min(most, room[name]) for name, index in chosen.items())
+    for name, index in chosen.items():
+        taken = [given_scores[name][pair].item() for pair in index.pairs]
+        left = [
+            s
+            for k, s in enumerate(given_scores[name].flatten().tolist())
+            if divmod(k, given_scores[name].shape[1]) not in index.pairs
+        ]
+        assert not taken or not left or min(taken) >= max(left)
+
+
+def test_a_fraction_that_is_exactly_k_blocks_buys_k():
+    for k in range(1, 60):
+        chosen = select({"a": torch.rand(10, 10)}, block_size=7, budget=k * 49 / 12345, total_params=12345)
+        assert len(chosen["a"]) == k
+
+
+def test_shares_split_the_budget_between_groups():
+    given_scores = {name: torch.rand(4, 4) for name in ("m.q_proj", "m.v_proj", "m.up_proj")}
+    chosen = select(
+        given_scores,
+        block_size=2,
+        budget=8,
+        total_params=TOTAL,
+        policy="shares",
+        shares={"attention": 0.75, "mlp": 0.25},
+    )
+    assert len(chosen["m.q_proj"]) + len(chosen["m.v_proj"]) == 6
+    assert len(chosen["m.up_proj"]) == 2
+    only_v = select(given_scores, block_size=2, budget=8, total_params=TOTAL, policy="shares", shares={"v_proj": 1.0})
+    assert len(only_v["m.v_proj"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 0}, "fraction of all parameters"),
+        ({"budget": 1.5}, "fraction of all parameters"),
+        ({"budget": True}, "fraction of all parameters"),
+        ({"budget": 1e-6}, "at least one block.*raise it to 0.000400"),
+        ({"policy": "globl"}, 'Did you mean "global"'),
+        ({"policy": "shares"}, "Expected `shares`"),
+        ({"policy": "shares", "shares": {"mpl": 1.0}}, "none of q_proj belongs to"),
+        ({"policy": "shares", "shares": {"attention": 0.9, "q_proj": 0.2}}, "sum to at most 1"),
+        ({"policy": "shares", "shares": {"attention": 0.5, "q_proj": 0.5}}, "do not overlap"),
+        ({"shares": {"attention": 1.0}}, "only with it"),
+    ],
+)
+def test_bad_requests(changes, message):
+    with pytest.raises(InputError, match=message):
+        select({"m.q_proj": torch.rand(3, 3)}, **({"block_size": 2, "budget": 4, "total_params": TOTAL} | changes))
+
+
+def test_a_score_that_is_not_finite_is_named():
+    with pytest.raises(InputError, match="bad_proj"):
+        select({"bad_proj": torch.tensor([[1.0, torch.nan]])}, block_size=2, budget=1, total_params=TOTAL)
+
+
+def test_per_module_needs_a_block_each():
+    with pytest.raises(InputError, match="per matrix"):
+        select(
+            {"a": torch.rand(2, 2), "b": torch.rand(2, 2)},
+            block_size=2,
+            budget=1,
+            total_params=TOTAL,
+            policy="per_module",
+        )
+
+
+def plan(**changes) -> Plan:
+    modules = {
+        "layers.0.q_proj": ModulePlan((8, 8), (0, 1), (1, 0), 0.5, 1.0),
+        "layers.0.k_proj": ModulePlan((4, 8), (), (), 0.1, 0.2),
+    }
+    values = {
+        "modules": modules,
+        "block_size": 4,
+        "criterion": "abs_of_sum",
+        "policy": "global",
+        "budget": 0.04,
+        "total_params": 1000,
+        "batches_seen": 3,
+        "model_name": "a/b",
+    }
+    return Plan(**(values | changes))
+
+
+class Model(nn.Module):
+    def __init__(self, q=(8, 8)):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(*q), "k_proj": nn.Linear(8, 4)})])
+
+
+def test_plan_round_trip_and_numbers(tmp_path):
+    original = plan()
+    assert (original.n_blocks, original.n_params, original.fraction) == (2, 32, 0.032)
+    original.save(tmp_path / "sub" / "plan.json")
+    assert Plan.load(tmp_path / "sub" / "plan.json") == original
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["plan.json"]
+    assert isinstance(Plan.load(tmp_path / "sub" / "plan.json").budget, float)
+    assert json.loads((tmp_path / "sub" / "plan.json").read_text())["modules"][0]["blocks"] == "0,1 1,0"
+
+
+def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
+    plan().save(tmp_path / "plan.json")
+    monkeypatch.setattr(json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        plan(budget=1).save(tmp_path / "plan.json")
+    monkeypatch.undo()
+    assert Plan.load(tmp_path / "plan.json") == plan()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_shuffled_keeps_the_count_of_every_matrix():
+    shuffled = plan().shuffled(7)
+    assert shuffled == plan().shuffled(7)
+    assert {name: len(module.rows) for name, module in shuffled.modules.items()} == {
+        "layers.0.q_proj": 2,
+        "layers.0.k_proj": 0,
+    }
+    assert len({plan().shuffled(seed).modules["layers.0.q_proj"].rows for seed in range(20)}) > 1
+    assert "shuffled" in shuffled.criterion
+
+
+def test_check_accepts_its_own_model_and_names_every_fault_of_another():
+    plan().check(Model())
+    with pytest.raises(
+        InputError, match=r"'a/b'.*\n  layers.0.q_proj: expected a weight of shape \(8, 8\), got \(12, 8\)"
+    ):
+        plan().check(Model(q=(8, 12)))
+    renamed = plan(modules={"layers.0.q_prj": ModulePlan((8, 8), (), ())})
+    with pytest.raises(InputError, match=r'not in the model\. Did you mean "layers.0.q_proj"'):
+        renamed.check(Model())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Line 1 is not JSON"),
+        ("[]", "Expected a plan"),
+        ('{"format": 99}', "format 1. Got 99"),
+        ('{"format": 1, "modules": [{"name": "q"}]}', "as `Plan.save` writes it"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_named(tmp_path, text, message):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        Plan.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_plan_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_with_a_block_outside_its_matrix_is_refused():
+    with pytest.raises(InputError, match=r"layers\.0: Expected blocks inside"):
+        plan(modules={"layers.0": ModulePlan((8, 8), (2,), (0,))})
