@@ -9,8 +9,8 @@ so no forward sees stale blocks however the deltas changed (an optimizer step, `
 again before the backward, so that a forward with other adapters in between does no harm. The write goes through
 `.data`, which autograd's version counter does not see: recomputation under checkpointing rests on that. `originals`
 is one copy of the base's blocks over the union of all adapters; everything that must give the base back (disabling,
-switching, unmerging, `state_dict`) copies it into W, nothing is ever subtracted. So outside a forward and backward,
-W is the base, or the merged weight.
+switching, unmerging, `state_dict`) copies it into W, nothing is ever subtracted. Between uses W holds what the last
+one wrote, or the base.
 
 In *additive* mode W is left alone and the blocks' product is added to the layer's output.
 """
@@ -253,21 +253,28 @@ class SMTLinear(nn.Module, SMTLayer):
             adapters = None if self.merged else self._adapters(self.active_adapters)
         if adapters is None:
             self._restore()
-            return self.base_layer(x, *args, **kwargs)
+            return self._hooked(self.base_layer(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
         weight = self.base_layer.weight
         if not self.resident or weight.device.type == "meta":  # an offloaded weight cannot be written
             return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, adapters.index)
         self._stand(adapters, total)
-        y = block_linear(x, weight, self.base_layer.bias, total, adapters.index)
-        if y.requires_grad:
-            y.register_hook(lambda grad: self._before_backward(adapters, total))
-        return y
+        return self._hooked(block_linear(x, weight, self.base_layer.bias, total, adapters.index), adapters, total)
 
-    def _before_backward(self, adapters: _ActiveSet, total: Tensor) -> None:
-        """This layer's backward, next, reads W: make it what the forward saw."""
-        if not self.merged:
-            self._stand(adapters, total)
+    def _hooked(self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None) -> Tensor:
+        """This layer's backward reads W: just before it, make W what the forward saw."""
+
+        def before_backward(grad_y: Tensor) -> None:
+            if self.merged:
+                return
+            if adapters is None or total is None:
+                self._restore()
+            else:
+                self._stand(adapters, total)
+
+        if y.requires_grad and self.resident:
+            y.register_hook(before_backward)
+        return y
 
     # Merging ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,708 @@
+"""What an SMT adapter must keep through its life: train, switch, disable, merge, save, load, delete."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import smtune
+from smtune import InputError, SMTConfig
+from smtune.blocks import scatter_
+from smtune.tuner import SMTLinear
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 128,
+    "pad_token_id": 0,
+}
+IDS = torch.arange(2 * 12).view(2, 12) % 128
+BATCH = {"input_ids": IDS, "labels": IDS}
+DTYPES = [torch.float32, torch.bfloat16]
+MODES = ["resident", "additive"]
+
+
+def make_base(dtype=torch.float32, kind="llama"):
+    torch.manual_seed(0)
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return model.to(dtype).eval()
+
+
+def make_config(seed=0, **changes):
+    """A plan of 12 random blocks of 16² over q, k and v."""
+    return SMTConfig(**({"block_size": 16, "budget": 12, "criterion": "random", "seed": seed} | changes))
+
+
+def train(model, steps=3, lr=0.05):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def make_trained(dtype=torch.float32, mode="resident", seed=0, **changes):
+    return train(peft.get_peft_model(make_base(dtype), make_config(seed, mode=mode, **changes))).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def weights(model):
+    """Base weights by their name in the base model, as they stand in memory now."""
+    named = dict(model.named_parameters())
+    return {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): parameter.detach().clone()
+        for name, parameter in named.items()
+        if ".smt_blocks." not in name
+    }
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, SMTLinear)]
+
+
+# Making one ------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_without_a_plan_names_make_plan():
+    with pytest.raises(InputError, match=r"make_plan\(model, batches, config\)"):
+        peft.get_peft_model(make_base(), SMTConfig(block_size=16))
+
+
+def test_peft_lists_the_method():
+    assert peft.PeftType("SMT") is peft.PeftType.SMT
+    assert pickle.loads(pickle.dumps(peft.PeftType.SMT)) is peft.PeftType.SMT
+    assert copy.deepcopy(peft.PeftType.SMT) is peft.PeftType.SMT
+    assert peft.PeftType.SMT in list(peft.PeftType)
+
+
+def test_the_three_ways_to_make_one_agree():
+    config = SMTConfig(block_size=16, budget=7, warmup_steps=2)
+    plan = smtune.make_plan(make_base(), [BATCH] * 3, config)
+    assert plan.n_blocks == 7
+    assert plan.batches_seen == 2
+    one = peft.get_peft_model(make_base(), config.with_plan(plan))
+    two = smtune.get_smt_model(make_base(), config, [BATCH] * 3)
+    three_config = copy.deepcopy(config)
+    base = make_base()
+    smtune.preprocess_smt(base, three_config, [BATCH] * 3)
+    three = peft.get_peft_model(base, three_config)
+    for other in (two, three):
+        assert other.peft_config["default"].plan == one.peft_config["default"].plan
+        assert same(dict(one.named_parameters()), dict(other.named_parameters()))
+    assert config.plan is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trainables_are_the_planned_blocks_in_fp32(dtype):
+    model = peft.get_peft_model(make_base(dtype), make_config())
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trainable.values()) == 12 * 16**2
+    for name, parameter in trainable.items():
+        assert name.endswith("smt_blocks.default.weight")
+        assert parameter.dtype == torch.float32
+        assert parameter.shape[1:] == (16, 16)
+    assert model.get_nb_trainable_parameters()[0] == 12 * 16**2
+
+
+def test_layers_without_blocks_are_left_alone():
+    model = peft.get_peft_model(make_base(), make_config(budget=2))
+    assert len(layers(model)) <= 2
+    assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+def test_layers_and_excludes_limit_the_plan():
+    model = peft.get_peft_model(
+        make_base(), make_config(layers_to_transform=[1], exclude_modules=["k_proj"], budget=12)
+    )
+    names = {name for name, module in model.named_modules() if isinstance(module, SMTLinear)}
+    assert names
+    assert all(".layers.1." in name and not name.endswith("k_proj") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, 'match none. Did you mean "q_proj".*Linear layers of this model: q_proj'),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding"),
+        ({"block_size": 48}, r"48, which does not divide model.layers.0.self_attn.q_proj of shape \(64, 64\)"),
+        ({"layers_to_transform": [7]}, r"in layers \[7\]"),
+    ],
+)
+def test_targets_that_do_not_fit(changes, message):
+    with pytest.raises(InputError, match=message):
+        peft.get_peft_model(make_base(), make_config(**changes))
+
+
+def test_an_unknown_architecture_names_its_linear_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(InputError, match=r"no default for model type None\. Linear layers of this model: 0, 2"):
+        smtune.make_plan(model, None, SMTConfig(criterion="weight"))
+
+
+def test_config_faults_come_all_at_once():
+    with pytest.raises(InputError) as error:
+        SMTConfig(block_size=0, budget=2.0, criterion="abs_of_sums", policy="shares", mode="residnt", warmup_steps=0)
+    message = str(error.value)
+    for part in ("block_size", "budget", 'Did you mean "abs_of_sum"', "shares", 'Did you mean "resident"', "warmup"):
+        assert part in message
+
+
+def test_paper_setting():
+    config = SMTConfig.paper(budget=0.0491)
+    assert (config.block_size, config.criterion, config.warmup_steps, config.budget) == (256, "abs_of_sum", 100, 0.0491)
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan = smtune.make_plan(make_base(), None, make_config())
+    torch.manual_seed(0)
+    other = LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 1})))
+    with pytest.raises(InputError, match="does not fit this model"):
+        peft.get_peft_model(other, make_config().with_plan(plan))
+
+
+def test_parameters_are_counted_once_and_by_logical_shape():
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    plan = smtune.make_plan(tied, None, make_config())
+    assert plan.total_params == tied.num_parameters()
+    untied = smtune.make_plan(make_base(), None, make_config())
+    assert untied.total_params == plan.total_params + 128 * 64
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_unselected_weights_are_bit_identical_after_training(dtype, mode):
+    base = weights(make_base(dtype))
+    model = make_trained(dtype, mode)
+    config = model.peft_config["default"]
+    resident = weights(model)
+    logits(model)
+    resident = weights(model)
+    for name, before in base.items():
+        module = name.removesuffix(".weight")
+        expected = before.clone()
+        if module in config.block_map() and mode == "resident":
+            index = config.block_map()[module]
+            blocks = model.get_submodule(f"base_model.model.{module}").smt_blocks["default"]
+            moved = scatter_(torch.zeros_like(before, dtype=torch.float32), index, blocks.weight.detach())
+            assert moved.count_nonzero() == len(index) * 16**2  # every entry of every planned block has moved
+            expected = (before.float() + moved).to(dtype)
+        assert torch.equal(resident[name], expected), name
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8, dtype=torch.float64), nn.Linear(8, 12, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_block_selected_is_dense_training(mode):
+    """fp64, AdamW without decay, 20 steps: 1e-9 (the contract)."""
+    torch.manual_seed(0)
+    dense = Stack()
+    config = SMTConfig(target_modules=["first", "second"], block_size=4, budget=12, criterion="weight", mode=mode)
+    sparse = peft.get_peft_model(copy.deepcopy(dense), config)
+    assert sparse.peft_config["default"].get_plan().n_blocks == 12
+    data = torch.randn(20, 5, 3, 12, dtype=torch.float64)
+    for model, parameters in (
+        (dense, [dense.first.weight, dense.second.weight]),
+        (sparse, [p for p in sparse.parameters() if p.requires_grad]),
+    ):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+        for x in data:
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    merged = sparse.merge_and_unload()
+    assert (merged.first.weight - dense.first.weight).abs().max() < 1e-9
+    assert (merged.second.weight - dense.second.weight).abs().max() < 1e-9
+    assert (dense.first.weight - Stack().first.weight).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the evaluations, under checkpointing
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resident_and_additive_train_alike(use_reentrant, accumulate):
+    """One slow twin: additive on the same plan, with no weight ever written."""
+    results = []
+    for mode in MODES:
+        model = peft.get_peft_model(make_base().train(), make_config(mode=mode))
+        if mode == "resident" and use_reentrant is not None:
+            model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            if use_reentrant:
+                model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        for _ in range(4):
+            for k in range(accumulate):
+                model(input_ids=IDS + k, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            logits(model)  # evaluation in the middle
+        results.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, parameter in results[0].items():
+        torch.testing.assert_close(parameter, results[1][name], rtol=1e-3, atol=1e-5)
+
+
+def set_by_step(model):
+    train(model, steps=1)
+
+
+def set_by_load_state_dict(model):
+    state = {
+        name: tensor + 0.1 if name.endswith("default.weight") else tensor for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+
+
+def set_by_data_copy(model):
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.data.copy_(parameter.data + 0.1)
+
+
+def set_by_ema(model):
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            torch._foreach_lerp_([parameter.data], [torch.ones_like(parameter)], 0.1)
+
+
+def set_by_fused_step(model):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05, fused=True)
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "change", [set_by_step, set_by_load_state_dict, set_by_data_copy, set_by_ema, set_by_fused_step]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_forward_sees_stale_blocks(change, dtype):
+    model = make_trained(dtype)
+    before = logits(model)
+    change(model)
+    after = logits(model)
+    assert not torch.equal(before, after)
+    # An independent reading of the deltas: a fresh base with W = round(base + delta).
+    expected = make_base(dtype)
+    for module, index in model.peft_config["default"].block_map().items():
+        delta = model.get_submodule(f"base_model.model.{module}").get_delta_weight("default")
+        weight = expected.get_submodule(module).weight
+        weight.data.copy_((weight.data.float() + delta).to(dtype))
+        assert len(index)
+    assert torch.equal(after, logits(expected))
+
+
+def test_a_backward_sees_its_own_forward():
+    """Another adapter's forward between an adapter's forward and its backward does no harm."""
+
+    def gradients(interrupt):
+        model = make_trained()
+        model.add_adapter("other", make_config(seed=1, init_weights=False))
+        model.set_adapter("default")
+        loss = model(**BATCH).loss
+        interrupt(model)
+        for name, parameter in model.named_parameters():  # switching has frozen it
+            parameter.requires_grad_(".default." in name)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if ".default." in name}
+
+    def other(model):
+        model.set_adapter("other")
+        logits(model)
+
+    def other_and_back(model):
+        other(model)
+        model.set_adapter("default")
+
+    def disabled(model):
+        with model.disable_adapter():
+            logits(model)
+
+    def evaluated(model):
+        logits(model)
+        model.state_dict()
+
+    expected = gradients(lambda model: None)
+    for interrupt in (other, other_and_back, disabled, evaluated):
+        assert same(gradients(interrupt), expected)
+
+
+def test_a_late_backward_does_not_leave_blocks_behind():
+    base = weights(make_base())
+    model = make_trained()
+    loss = model(**BATCH).loss
+    model.disable_adapter_layers()
+    expected = logits(make_base())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    loss.backward()
+    assert torch.equal(logits(model), expected)
+    assert same(weights(model), base)
+
+
+# Switching and merging -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_disabling_gives_the_base_back(dtype, mode):
+    base, base_logits = weights(make_base(dtype)), logits(make_base(dtype))
+    model = make_trained(dtype, mode)
+    tuned = logits(model)
+    assert not torch.equal(tuned, base_logits)
+    with model.disable_adapter():
+        assert same(weights(model), base)
+        assert torch.equal(logits(model), base_logits)
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_merge_and_unmerge(dtype, mode):
+    base = weights(make_base(dtype))
+    model = make_trained(dtype, mode)
+    tuned = logits(model)
+    model.merge_adapter()
+    if mode == "resident":
+        assert torch.equal(logits(model), tuned)
+    else:
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(logits(model), tuned, rtol=tolerance, atol=tolerance)
+    merged = weights(model)
+    logits(model)
+    assert same(weights(model), merged)
+    model.unmerge_adapter()
+    assert same(weights(model), base)
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merge_and_unload_is_a_plain_model(mode):
+    model = make_trained(mode=mode)
+    tuned = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is LlamaForCausalLM
+    assert not layers(merged)
+    assert not [name for name in merged.state_dict() if "smt" in name or "base_layer" in name]
+    if mode == "resident":
+        assert torch.equal(logits(merged), tuned)
+    else:
+        torch.testing.assert_close(logits(merged), tuned, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unload_gives_the_base_back(mode):
+    model = make_trained(mode=mode)
+    logits(model)
+    unloaded = model.unload()
+    assert same(weights(unloaded), weights(make_base()))
+    assert not layers(unloaded)
+
+
+def with_two(mode, dtype=torch.float32):
+    """Two trained adapters, `default` and `other`, whose plans overlap without being the same."""
+    model = make_trained(dtype, mode, budget=20)
+    model.add_adapter("other", make_config(seed=1, mode=mode, budget=20))
+    model.set_adapter("other")
+    train(model)
+    one, two = (model.peft_config[name].block_map() for name in ("default", "other"))
+    shared = [set(one[m].pairs) & set(two[m].pairs) for m in one.keys() & two.keys()]
+    assert any(shared)
+    assert any(one[m].pairs != two[m].pairs for m in one.keys() & two.keys())
+    return model.eval()
+
+
+def dense_twin(model, names, dtype=torch.float32):
+    """A fresh base with W = round(base + Σ deltas), added in fp32 in order."""
+    twin = make_base(dtype)
+    for module in dict.fromkeys(m for name in names for m in model.peft_config[name].block_map()):
+        layer = model.get_submodule(f"base_model.model.{module}")
+        weight = twin.get_submodule(module).weight
+        total = torch.zeros_like(weight, dtype=torch.float32)
+        for name in names:
+            if name in layer.smt_blocks:
+                total += layer.get_delta_weight(name)
+        weight.data.copy_((weight.data.float() + total).to(dtype))
+    return twin
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_switch_and_add(mode, dtype):
+    base = weights(make_base(dtype))
+    model = with_two(mode, dtype)
+    for names in (["default"], ["other"], ["default", "other"], ["other", "default"], ["default"]):
+        model.base_model.set_adapter(names)
+        assert same(weights(model), base)
+        expected = logits(dense_twin(model, names, dtype))
+        if mode == "resident":
+            assert torch.equal(logits(model), expected)
+        else:
+            tolerance = 1e-5 if dtype == torch.float32 else 0.05
+            torch.testing.assert_close(logits(model), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_active_adapters_both_learn(mode):
+    model = with_two(mode)
+    model.base_model.set_adapter(["default", "other"])
+    model.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model)
+    assert {name.split(".")[-2] for name in before} == {"default", "other"}
+    assert all(not torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("order", [["default"], ["other"], ["default", "other"], ["other", "default"]])
+@pytest.mark.parametrize("mode", MODES)
+def test_merging_in_any_order_and_back(mode, order):
+    base = weights(make_base())
+    model = with_two(mode)
+    model.base_model.set_adapter("default")
+    logits(model)  # `default` is resident when others are merged
+    model.merge_adapter(adapter_names=order[:1])
+    for name in order[1:]:
+        with pytest.warns(UserWarning, match="additionally merging"):
+            model.merge_adapter(adapter_names=[name])
+    twin = dense_twin(model, order)
+    assert same(weights(model), weights(twin))
+    assert torch.equal(logits(model), logits(twin))
+    model.unmerge_adapter()
+    assert same(weights(model), base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adding_an_adapter_to_a_merged_model(dtype):
+    base = weights(make_base(dtype))
+    model = make_trained(dtype)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("other", make_config(seed=1, budget=20))
+    assert same(weights(model), base)
+    model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model), logits(dense_twin(model, ["default"], dtype)))
+
+
+def test_disabling_unmerges():
+    base = weights(make_base())
+    model = make_trained()
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(make_base()))
+    assert same(weights(model), base)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+@pytest.mark.parametrize("mode", MODES)
+def test_deleting(mode):
+    base = weights(make_base())
+    model = with_two(mode)
+    model.base_model.set_adapter("default")
+    expected = logits(model)
+    model.base_model.set_adapter("other")
+    logits(model)
+    model.delete_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model), expected)
+    assert not [name for name in model.state_dict() if ".other." in name]
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model.model), logits(make_base()))
+    assert same(weights(model), base)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+def test_deleting_with_adapters_on_different_layers():
+    model = peft.get_peft_model(make_base(), make_config(target_modules=["q_proj"], init_weights=False))
+    for name, target in (("b", "k_proj"), ("a", "v_proj")):
+        model.add_adapter(name, make_config(target_modules=[target], init_weights=False))
+    model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert {tuple(layer.active_adapters) for layer in layers(model)} == {("b",)}
+    assert torch.equal(logits(model), logits(dense_twin(model, ["b"])))
+
+
+def test_safe_merge_refuses_what_is_not_finite():
+    model = make_trained()
+    layer = layers(model)[-1]
+    base = make_base().get_submodule(layer._name).weight
+    layer.smt_blocks["default"].weight.data[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, base)
+    assert not layer.merged
+
+
+def test_mixed_batches_are_refused_rather_than_ignored():
+    with pytest.raises(InputError, match="one adapter for the whole batch"):
+        make_trained()(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+# Saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load_is_bit_identical(tmp_path, dtype, mode, low_cpu_mem_usage):
+    model = make_trained(dtype, mode)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_base(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), expected)
+    deltas = {name: p for name, p in loaded.named_parameters() if ".smt_blocks." in name}
+    assert deltas
+    for name, parameter in deltas.items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, dict(model.named_parameters())[name])
+
+
+def test_what_is_saved(tmp_path):
+    from safetensors.torch import load_file
+
+    model = make_trained(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "SMT"
+    assert smtune.Plan.from_dict(config["plan"]) == model.peft_config["default"].get_plan()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"weight", "index"}
+    assert sum(t.numel() for name, t in tensors.items() if name.endswith("weight")) == 12 * 16**2
+    assert not [name for name in tensors if "base_layer" in name or "originals" in name]
+
+
+def test_auto_peft_model(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = train(peft.get_peft_model(base, make_config())).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_loading_onto_an_existing_name(tmp_path):
+    """What Trainer does to resume and to load its best model."""
+    model = make_trained()
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    train(model)
+    assert not torch.equal(logits(model.eval()), expected)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(model.eval()), expected)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
+    """Resuming with another plan of the same shape would land deltas on the wrong blocks without an error."""
+    from safetensors.torch import load_file, save_file
+
+    model = make_trained()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if name.endswith("index") and len(tensor) > 1)
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="trains other blocks"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_a_state_dict_holds_the_base_and_loads_into_a_fresh_model():
+    model = make_trained()
+    expected = logits(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = weights(make_base())
+    for name, tensor in state.items():
+        if ".smt_blocks." not in name:
+            assert torch.equal(tensor, base[name.replace("base_model.model.", "").replace(".base_layer", "")])
+    fresh = peft.get_peft_model(make_base(), make_config())
+    logits(fresh)  # originals are taken, blocks stand
+    fresh.load_state_dict(state)
+    assert torch.equal(logits(fresh), expected)
+
+
+def test_loading_other_base_weights_moves_the_base():
+    model = make_trained()
+    logits(model)
+    shifted = {name: t + 0.5 if name.endswith("base_layer.weight") else t for name, t in model.state_dict().items()}
+    model.load_state_dict(shifted)
+    logits(model)
+    with model.disable_adapter():
+        for name, value in weights(model).items():
+            key = f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight"
+            assert torch.equal(value, shifted.get(key, value))
+
+
+def test_copy_and_pickle():
+    model = make_trained()
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+
+
+def test_biases_are_kept():
+    base = make_base(kind="qwen2")
+    expected = logits(base)
+    model = peft.get_peft_model(make_base(kind="qwen2"), make_config())
+    assert torch.equal(logits(model), expected)
+    train(model)
+    twin = make_base(kind="qwen2")
+    for module in model.peft_config["default"].block_map():
+        twin.get_submodule(module).weight.data += model.get_submodule(f"base_model.model.{module}").get_delta_weight(
+            "default"
+        )
+    assert torch.equal(logits(model.eval()), logits(twin))
+
+
+def test_further_modules_train_and_travel(tmp_path):
+    model = peft.get_peft_model(make_base(), make_config(modules_to_save=["lm_head"], trainable_token_indices=[3, 5]))
+    train(model)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert not torch.equal(loaded.base_model.model.lm_head.weight.detach(), make_base().lm_head.weight.detach())
+
+
+def test_mode_is_checked_against_the_layer():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(InputError, match=r"plain nn\.Linear"):
+        SMTLinear(Odd(4, 4), mode="resident", name="odd")
+    assert not SMTLinear(Odd(4, 4), mode="auto").resident
+    assert SMTLinear(nn.Linear(4, 4), mode="auto").resident
