@@ -17,6 +17,7 @@ In *additive* mode W is left alone and the blocks' product is added to the layer
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -137,7 +138,8 @@ class SMTLinear(nn.Module, SMTLayer):
         self._union: BlockIndex | None = None
         self._standing: _ActiveSet | None = None
         self._active_set: _ActiveSet | None = None
-        self._base_weight: nn.Parameter | None = None
+        # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
+        self._put_aside: list[nn.Module] = []
 
         self.register_state_dict_pre_hook(_restore_base)
 
@@ -311,23 +313,24 @@ class SMTLinear(nn.Module, SMTLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
-        if self._base_weight is not None:
-            self.base_layer.weight, self._base_weight = self._base_weight, None
+        if self._put_aside:
+            self.base_layer = self._put_aside.pop()
         else:
             scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
 
     def _merge_quantised(self, adapters: _ActiveSet, total: Tensor) -> None:
-        if self._base_weight is None:
-            self._base_weight = self.base_layer.weight
-        self.base_layer.weight = self._base_weight
-        dense = dequantize_module_weight(self.base_layer).detach().clone()
-        scatter_(dense, adapters.index, gather(dense, adapters.index) + total.detach())
         backend = getattr(self, "quantization_backend", None)
         if backend is None or not backend.supports_merge:
             raise InputError(
                 f"Expected a base that can be quantised again. Got {type(self.base_layer).__name__} at {self._name}: "
-                "merge into the dense model instead."
+                "load the base in 16 or 32 bits and merge into that."
             )
+        # Quantising anew changes a layer's private state beside its weight, so the layer is put aside whole.
+        if not self._put_aside:
+            self._put_aside.append(self.base_layer)
+        self.base_layer = copy.deepcopy(self._put_aside[0])
+        dense = dequantize_module_weight(self.base_layer).detach().clone()
+        scatter_(dense, adapters.index, gather(dense, adapters.index) + total.detach())
         backend.set_base_weight(self, dense)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
