@@ -57,7 +57,6 @@ def test_a_quantised_base(folder, quantisation, tmp_path):
     layers = [module for module in model.modules() if isinstance(module, SMTLinear)]
     assert layers
     assert not any(layer.resident for layer in layers)
-    base = [layer.base_layer.weight.data.clone() for layer in layers]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):
@@ -66,13 +65,14 @@ def test_a_quantised_base(folder, quantisation, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.1
-    assert all(torch.equal(layer.base_layer.weight.data, weight) for layer, weight in zip(layers, base))
 
     tuned = logits(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(load(folder, quantisation), tmp_path)), tuned)
 
     with model.disable_adapter():
+        # bitsandbytes repacks weights on CPUs, so the base is compared by what it computes
+        assert torch.equal(logits(model), logits(load(folder, quantisation)))
         change = (logits(model) - tuned).abs().max()
     model.merge_adapter()
     # Quantising anew rounds: measured 0.5 of the change for nf4, 0.01 for int8.
