@@ -78,4 +78,4 @@ def test_a_quantised_base(folder, quantisation, tmp_path):
     # Quantising anew rounds: measured 0.5 of the change for nf4, 0.01 for int8.
     assert (logits(model) - tuned).abs().max() < 0.75 * change
     model.unmerge_adapter()
-    assert torch.equal(logits(model), tuned)
+    torch.testing.assert_close(logits(model), tuned, rtol=0, atol=0.02 if quantisation is NF4 else 0)
