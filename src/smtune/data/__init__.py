@@ -1,37 +1,39 @@
-"""From the files people have to masked batches: read, prompt, tokenise, collate.
+"""Data: from files, packaged names and the hub to masked batches.
 
-`records` reads and checks sources in the shapes people have, `prompts` holds the one template that training and
-evaluation share, `batches` turns examples into token ids with the loss on the answer, `arithmetic` makes word problems.
-Imports torch, transformers, datasets and `smtune.errors` alone.
+    dataset, report = prepare("train.jsonl", tokenizer, max_length=512)
+    trainer = Trainer(..., train_dataset=dataset, data_collator=Collator(tokenizer.pad_token_id))
+
+Read in this order: `sources` (where rows come from), `formats` (the four shapes a row may have, the prompt),
+`encoding` (tokens, masks, batches), `arithmetic` (a procedural task), `overlap` (test questions among the training
+ones). Imports torch, transformers, datasets and `smtune.errors`; nothing else of smtune.
 """
 
 from smtune.data.arithmetic import arithmetic
-from smtune.data.batches import Preparation, make_collator, prepare, scoring_batches
-from smtune.data.prompts import alpaca_prompt
-from smtune.data.records import (
-    FORMATS,
-    PACKAGED,
-    Example,
-    Segment,
-    count_overlap,
-    load_examples,
-    question_key,
-    read_records,
-)
+from smtune.data.encoding import Collator, EncodingReport, batches, encode, prepare
+from smtune.data.formats import SHAPES, Example, Format, Record, Segment, alpaca_prompt, check_records, to_example
+from smtune.data.overlap import count_overlap, question_key
+from smtune.data.sources import PACKAGED, Source, packaged_tests, read_records, read_rows
 
 __all__ = [
-    "FORMATS",
     "PACKAGED",
+    "SHAPES",
+    "Collator",
+    "EncodingReport",
     "Example",
-    "Preparation",
+    "Format",
+    "Record",
     "Segment",
+    "Source",
     "alpaca_prompt",
     "arithmetic",
+    "batches",
+    "check_records",
     "count_overlap",
-    "load_examples",
-    "make_collator",
+    "encode",
+    "packaged_tests",
     "prepare",
     "question_key",
     "read_records",
-    "scoring_batches",
+    "read_rows",
+    "to_example",
 ]

@@ -8,112 +8,60 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
 from typing import Literal
 
 Record = dict[str, str]
 Split = Literal["train", "test"]
 
-_NAMES = [
-    "Ada",
-    "Amir",
-    "Bela",
-    "Chen",
-    "Dana",
-    "Emil",
-    "Fatima",
-    "Goran",
-    "Hana",
-    "Ivan",
-    "Jana",
-    "Kofi",
-    "Lena",
-    "Mina",
-    "Nadia",
-    "Omar",
-    "Pavel",
-    "Quinn",
-    "Rosa",
-    "Sami",
-    "Tara",
-    "Umar",
-    "Vera",
-    "Wanda",
-    "Yara",
-    "Zoe",
-]
-_THINGS = [
-    "apples",
-    "books",
-    "coins",
-    "pencils",
-    "stickers",
-    "marbles",
-    "shells",
-    "stamps",
-    "buttons",
-    "cards",
-    "flowers",
-    "candles",
-    "stones",
-    "tickets",
-    "bottles",
-]
-_BOXES = ["boxes", "bags", "baskets", "crates", "shelves", "trays", "drawers", "jars"]
+_NAMES = """Ada Amir Bela Chen Dana Emil Fatima Goran Hana Ivan Jana Kofi Lena
+Mina Nadia Omar Pavel Quinn Rosa Sami Tara Umar Vera Wanda Yara Zoe""".split()
+_THINGS = """apples books bottles buttons candles cards coins
+flowers marbles pencils shells stamps stones tickets""".split()
+_BOXES = "bags baskets boxes crates drawers jars shelves trays".split()
 _PLACES = ("the market", "school", "the library", "the fair", "the harbour", "the office")
 
-# Each template: text, the steps of its solution, and which of a, b, c it uses. Steps are (left, sign, right).
-_Template = tuple[str, Callable[[int, int, int], list[tuple[int, str, int]]]]
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "a + b": (
+        "{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?",
+        "There are {a} {t} on the table and {b} {t} on the floor. How many {t} are there in all?",
+        "{n} found {a} {t} on Monday and {b} on Tuesday. How many {t} did {n} find in total?",
+        "{n} bought {a} {t} at {p}. {m} bought {b} {t} there. How many {t} did they buy together?",
+        "A shop sold {a} {t} in the morning and {b} {t} in the afternoon. How many {t} did it sell that day?",
+        "{n} is {a} years old. {m} is {b} years older than {n}. How old is {m}?",
+    ),
+    "s - b": (
+        "{n} had {s} {t} and gave {b} of them to {m}. How many {t} does {n} have left?",
+        "There were {s} {t} in the box. {n} took out {b}. How many {t} are still in the box?",
+        "{n} has {s} {t}. {m} has {b} {t} fewer than {n}. How many {t} does {m} have?",
+        "{n} needs {s} {t} and already has {b}. How many more {t} does {n} need?",
+        "After losing {b} {t} at {p}, how many of {n}'s {s} {t} remain?",
+        "{n} read {b} pages of a book with {s} pages. How many pages are left to read?",
+    ),
+    "c * d": (
+        "Each of {c} {x} holds {d} {t}. How many {t} are there in all?",
+        "{n} buys {c} packs with {d} {t} in each pack. How many {t} does {n} buy?",
+        "A ticket to {p} costs {d} euros. How many euros do {c} tickets cost?",
+        "{n} saves {d} {t} every week. How many {t} has {n} saved after {c} weeks?",
+        "There are {c} rows of {d} chairs at {p}. How many chairs are there?",
+    ),
+    "a + b + c": (
+        "{n} has {a} {t}, {m} has {b} {t} and their friend has {c} {t}. How many {t} do the three have?",
+        "{n} walked {a} metres, rested, walked {b} metres and then {c} metres. How far did {n} walk in metres?",
+        "{n} has {a} {t}. {m} has {b} {t} more than {n} and then buys {c}. How many {t} does {m} have?",
+    ),
+    "a + b - c": (
+        "{n} has {a} {t} and buys {b} more. Then {n} gives {c} to {m}. How many {t} does {n} have at the end?",
+        "At {p} there were {a} people. Then {b} came and {c} went home. How many people are at {p} now?",
+    ),
+    "s - b + c": ("{n} had {s} {t}, lost {b} of them and then found {c}. How many {t} does {n} have now?",),
+    "c * d + b": (
+        "{n} fills {c} {x} with {d} {t} each and has {b} {t} left over. How many {t} does {n} have?",
+        "{n} buys {c} packs of {d} {t}. {m} has {b} {t}. How many {t} do they have together?",
+    ),
+}
+"""Questions by the calculation that answers them, done from left to right."""
 
-_ADD: list[_Template] = [
-    ("{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?", lambda a, b, c: [(a, "+", b)]),
-    ("There are {a} {t} on the table and {b} {t} on the floor. How many {t} are there in all?",
-     lambda a, b, c: [(a, "+", b)]),
-    ("{n} found {a} {t} on Monday and {b} on Tuesday. How many {t} did {n} find in total?",
-     lambda a, b, c: [(a, "+", b)]),
-    ("{n} bought {a} {t} at {p}. {m} bought {b} {t} there. How many {t} did they buy together?",
-     lambda a, b, c: [(a, "+", b)]),
-    ("A shop sold {a} {t} in the morning and {b} {t} in the afternoon. How many {t} did it sell that day?",
-     lambda a, b, c: [(a, "+", b)]),
-    ("{n} is {a} years old. {m} is {b} years older than {n}. How old is {m}?", lambda a, b, c: [(a, "+", b)]),
-]  # fmt: skip
-_SUBTRACT: list[_Template] = [
-    ("{n} had {s} {t} and gave {b} of them to {m}. How many {t} does {n} have left?", lambda a, b, c: [(a + b, "-", b)]),
-    ("There were {s} {t} in the box. {n} took out {b}. How many {t} are still in the box?",
-     lambda a, b, c: [(a + b, "-", b)]),
-    ("{n} has {s} {t}. {m} has {b} {t} fewer than {n}. How many {t} does {m} have?", lambda a, b, c: [(a + b, "-", b)]),
-    ("{n} needs {s} {t} and already has {b}. How many more {t} does {n} need?", lambda a, b, c: [(a + b, "-", b)]),
-    ("After losing {b} {t} at {p}, how many of {n}'s {s} {t} remain?", lambda a, b, c: [(a + b, "-", b)]),
-    ("{n} read {b} pages of a book with {s} pages. How many pages are left to read?", lambda a, b, c: [(a + b, "-", b)]),
-]  # fmt: skip
-_MULTIPLY: list[_Template] = [
-    ("Each of {c} {x} holds {d} {t}. How many {t} are there in all?", lambda a, b, c: [(c, "*", a % 9 + 2)]),
-    ("{n} buys {c} packs with {d} {t} in each pack. How many {t} does {n} buy?", lambda a, b, c: [(c, "*", a % 9 + 2)]),
-    ("A ticket to {p} costs {d} euros. How many euros do {c} tickets cost?", lambda a, b, c: [(c, "*", a % 9 + 2)]),
-    ("{n} saves {d} {t} every week. How many {t} has {n} saved after {c} weeks?", lambda a, b, c: [(c, "*", a % 9 + 2)]),
-    ("There are {c} rows of {d} chairs at {p}. How many chairs are there?", lambda a, b, c: [(c, "*", a % 9 + 2)]),
-]  # fmt: skip
-_TWO_STEPS: list[_Template] = [
-    ("{n} has {a} {t}, {m} has {b} {t} and their friend has {c} {t}. How many {t} do the three have?",
-     lambda a, b, c: [(a, "+", b), (a + b, "+", c)]),
-    ("{n} had {s} {t}, lost {b} of them and then found {c}. How many {t} does {n} have now?",
-     lambda a, b, c: [(a + b, "-", b), (a, "+", c)]),
-    ("{n} has {a} {t} and buys {b} more. Then {n} gives {c} to {m}. How many {t} does {n} have at the end?",
-     lambda a, b, c: [(a, "+", b), (a + b, "-", c)]),
-    ("{n} fills {c} {x} with {d} {t} each and has {b} {t} left over. How many {t} does {n} have?",
-     lambda a, b, c: [(c, "*", a % 9 + 2), (c * (a % 9 + 2), "+", b)]),
-    ("{n} buys {c} packs of {d} {t}. {m} has {b} {t}. How many {t} do they have together?",
-     lambda a, b, c: [(c, "*", a % 9 + 2), (c * (a % 9 + 2), "+", b)]),
-    ("At {p} there were {a} people. Then {b} came and {c} went home. How many people are at {p} now?",
-     lambda a, b, c: [(a, "+", b), (a + b, "-", c)]),
-    ("{n} walked {a} metres, rested, walked {b} metres and then {c} metres. How far did {n} walk in metres?",
-     lambda a, b, c: [(a, "+", b), (a + b, "+", c)]),
-    ("{m} has {b} {t} more than {n}, who has {a}. {m} then buys {c}. How many {t} does {m} have?",
-     lambda a, b, c: [(a, "+", b), (a + b, "+", c)]),
-]  # fmt: skip
-TEMPLATES: tuple[_Template, ...] = (*_ADD, *_SUBTRACT, *_MULTIPLY, *_TWO_STEPS)
-
-_RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+_RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 def arithmetic(n: int, split: Split = "train", seed: int = 0) -> list[Record]:
@@ -127,9 +75,10 @@ def arithmetic(n: int, split: Split = "train", seed: int = 0) -> list[Record]:
         `output` is the calculation, a step a sentence, then "The answer is X."; `answer` is X.
     """
     rng = random.Random(f"{split} {seed}")
+    questions = [(calculation, text) for calculation, texts in TEMPLATES.items() for text in texts]
     records: dict[str, Record] = {}
     while len(records) < n:
-        record = _draw(rng)
+        record = _draw(rng, *rng.choice(questions))
         if _split_of(record["instruction"]) == split:
             records.setdefault(record["instruction"], record)
     return list(records.values())
@@ -139,16 +88,18 @@ def _split_of(question: str) -> Split:
     return "test" if hashlib.sha256(question.encode()).digest()[0] < 64 else "train"
 
 
-def _draw(rng: random.Random) -> Record:
-    text, solve = rng.choice(TEMPLATES)
-    a, b, c = rng.randint(6, 60), rng.randint(3, 40), rng.randint(2, 8)
+def _draw(rng: random.Random, calculation: str, text: str) -> Record:
+    numbers = {"a": rng.randint(6, 60), "b": rng.randint(3, 40), "c": rng.randint(2, 6), "d": rng.randint(2, 12)}
+    numbers["s"] = numbers["a"] + numbers["b"]
     n, m = rng.sample(_NAMES, 2)
-    question = text.format(
-        n=n, m=m, t=rng.choice(_THINGS), x=rng.choice(_BOXES), p=rng.choice(_PLACES),
-        a=a, b=b, c=c, d=a % 9 + 2, s=a + b,
-    )  # fmt: skip
-    steps = [(left, sign, right, _RESULT[sign](left, right)) for left, sign, right in solve(a, b, c)]
-    answer = str(steps[-1][-1])
-    calculation = " ".join(f"{left} {sign} {right} = {result}." for left, sign, right, result in steps)
-    output = f"{calculation} The answer is {answer}."
-    return {"instruction": question, "input": "", "output": output, "answer": answer, "task": "arithmetic"}
+    things, boxes, place = rng.choice(_THINGS), rng.choice(_BOXES), rng.choice(_PLACES)
+    question = text.format(n=n, m=m, t=things, x=boxes, p=place, **numbers)
+
+    first, *rest = calculation.split()
+    result, steps = numbers[first], []
+    for sign, operand in zip(rest[::2], rest[1::2]):
+        left, right = result, numbers[operand]
+        result = _RESULT[sign](left, right)
+        steps.append(f"{left} {sign} {right} = {result}.")
+    output = f"{' '.join(steps)} The answer is {result}."
+    return {"instruction": question, "input": "", "output": output, "answer": str(result), "task": "arithmetic"}

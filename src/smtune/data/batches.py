@@ -128,10 +128,10 @@ def _tokenise(
 ) -> Iterator[tuple[list[int], list[int], int, int]]:
     """(ids, labels, special tokens at the start, tokens of the prompt before the first answer) of each example."""
     texts = [segment.text for example in examples for segment in example.segments]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids if texts else [])
-    # What the tokenizer puts before a text by itself, such as a beginning-of-text token; chat templates bring their own.
-    start = [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id]
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded: Any = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+    # What the tokenizer puts before a text by itself, such as a beginning-of-text token. Chat templates bring theirs.
+    start: list[Any] = [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id]
+    end: list[Any] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for example in examples:
         ids: list[int] = [] if example.ends_itself else list(start)
         n_start = len(ids)

@@ -1,0 +1,259 @@
+"""From examples to masked token ids, a dataset the Trainer takes, and batches.
+
+    L  tokens of an example, B  examples of a batch.
+
+Segments are tokenised one by one and joined. The token border therefore falls exactly where the answer starts, as it
+does when a model generates after the prompt; tokenised as one string, a token could straddle it. The end-of-sequence
+token follows the answer and gets loss, or the model would not learn to stop; a begin-of-sequence token leads only if
+the tokenizer itself adds one. A chat template writes both, so nothing is added to a conversation.
+
+Labels are masked by position, never by id: for many models the padding token *is* the end-of-sequence token, whose
+label must stay. Imports torch, datasets and `smtune.errors` and, of this package, `formats` and `sources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from datasets import Dataset, Features, List, Value
+from torch import Tensor
+
+from smtune.data.formats import Example, Format, to_example
+from smtune.data.sources import Source, read_records
+from smtune.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["answer", "all"]
+OnLong = Literal["drop", "truncate_prompt", "error"]
+
+IGNORED = -100
+"""The label without loss, as everywhere in transformers."""
+
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of the examples.
+
+    Args:
+        n_examples: those kept.
+        n_dropped: those left out because they are longer than `max_length`.
+        n_prompt_truncated: those kept whose prompt lost its beginning. No answer is ever cut.
+        longest: tokens of the longest example, before anything was dropped or truncated.
+        tokens: of all examples kept.
+        answer_tokens: of their answers, with the token that ends each.
+        max_length: the most tokens an example may have.
+    """
+
+    n_examples: int
+    n_dropped: int
+    n_prompt_truncated: int
+    longest: int
+    tokens: int
+    answer_tokens: int
+    max_length: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.n_examples:,} examples, {self.tokens:,} tokens ({self.answer_tokens:,} of answers)"]
+        parts += [f"longest {self.longest:,} of {self.max_length:,} allowed"]
+        if self.n_dropped:
+            parts += [f"{self.n_dropped:,} dropped as too long"]
+        if self.n_prompt_truncated:
+            parts += [f"{self.n_prompt_truncated:,} with a truncated prompt"]
+        return "; ".join(parts)
+
+
+def prepare(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    format: Format = "auto",
+    train_on: TrainOn = "answer",
+    on_long: OnLong = "drop",
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, EncodingReport]:
+    """Read, check, render and encode: `read_records`, `to_example` and `encode` in one.
+
+    Returns:
+        The dataset (see `encode`) and what became of the examples.
+    Raises:
+        InputError: whatever is wrong with the data or the arguments, before anything else is done.
+    """
+    _check_options(max_length, train_on, on_long)
+    records = read_records(source, format=format, limit=limit, seed=seed)
+    examples = [to_example(record, tokenizer) for record in records]
+    return encode(examples, tokenizer, max_length=max_length, train_on=train_on, on_long=on_long)
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    train_on: TrainOn = "answer",
+    on_long: OnLong = "drop",
+) -> tuple[Dataset, EncodingReport]:
+    """Tokenise and mask.
+
+    Args:
+        examples: at least one.
+        max_length: the most tokens of an example, special tokens included.
+        train_on: "answer" gives loss to answers alone, "all" to every token.
+        on_long: an example beyond `max_length` is left out ("drop"), loses the beginning of its prompt where at
+            least one token of that stays and is dropped otherwise ("truncate_prompt"), or is an "error".
+    Returns:
+        A dataset with the int32 columns `input_ids` (L), `labels` (L; -100 without loss) and `length` (the L that
+        the Trainer's `train_sampling_strategy="group_by_length"` groups by), in the order of the examples; and what
+        became of them.
+    Raises:
+        InputError: no example, none that fits, one that does not under "error", or a tokenizer without an
+            end-of-sequence token.
+    """
+    _check_options(max_length, train_on, on_long)
+    if not examples:
+        raise InputError("Expected at least one example. Got none.")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise InputError("Expected a tokenizer with an end-of-sequence token. Got none: set its eos_token.")
+    bos = _leading_bos(tokenizer)
+    tokens = iter(_tokenise(tokenizer, [segment.text for example in examples for segment in example.segments]))
+
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    lengths: list[int] = []
+    n_truncated = n_answer_tokens = 0
+    for example in examples:
+        ids, is_answer = ([], []) if example.templated else (list(bos), [False] * len(bos))
+        for segment in example.segments:
+            piece = next(tokens)
+            ids += piece
+            is_answer += [segment.is_answer] * len(piece)
+        if not example.templated:
+            ids.append(eos)
+            is_answer.append(True)
+        lengths.append(len(ids))
+        excess = len(ids) - max_length
+        if excess > 0:
+            if on_long == "error":
+                raise InputError(
+                    f"Expected at most {max_length} tokens at {example.where}. Got {len(ids)}: raise max_length, or "
+                    'set on_long to "drop" or "truncate_prompt".'
+                )
+            start = len(bos) if ids[: len(bos)] == bos else 0
+            if on_long == "drop" or start + excess >= is_answer.index(True):
+                continue
+            del ids[start : start + excess], is_answer[start : start + excess]
+            n_truncated += 1
+        n_answer_tokens += sum(is_answer)
+        columns["input_ids"].append(ids)
+        columns["labels"].append(
+            [token if train_on == "all" or answer else IGNORED for token, answer in zip(ids, is_answer)]
+        )
+        columns["length"].append(len(ids))
+
+    n_kept = len(columns["length"])
+    if not n_kept:
+        raise InputError(
+            f"Expected examples of at most {max_length} tokens. Got none: all {len(examples)} are longer, from "
+            f"{min(lengths)} to {max(lengths)}. Raise max_length to {max(lengths)} to keep them all"
+            + ('.' if on_long == "truncate_prompt" else ', or set on_long to "truncate_prompt".')
+        )
+    report = EncodingReport(
+        n_examples=n_kept,
+        n_dropped=len(examples) - n_kept,
+        n_prompt_truncated=n_truncated,
+        longest=max(lengths),
+        tokens=sum(columns["length"]),
+        answer_tokens=n_answer_tokens,
+        max_length=max_length,
+    )
+    return Dataset.from_dict(columns, features=FEATURES), report
+
+
+def _check_options(max_length: int, train_on: str, on_long: str) -> None:
+    if max_length < 2:
+        raise InputError(f"Expected max_length of at least 2 tokens. Got {max_length}.")
+    for name, value, options in (
+        ("train_on", train_on, ("answer", "all")),
+        ("on_long", on_long, ("drop", "truncate_prompt", "error")),
+    ):
+        if value not in options:
+            raise InputError(
+                f'Expected {name} among {", ".join(options)}. Got "{value}".{did_you_mean(value, options)}'
+            )
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text alone, without special tokens and never truncated by a setting of the tokenizer."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=False,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[begin-of-sequence id] if the tokenizer puts one before a text, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of an encoded dataset to a batch, padded on the right to its longest row.
+
+    The library's own collators pad through the tokenizer, which needs a padding token that many models lack, and
+    would hand `length` to the model.
+
+    Args:
+        pad_token_id: fills `input_ids`; any id does, for padding is masked by position in attention and labels.
+        multiple_of: L is rounded up to a multiple of it; 8 suits tensor cores.
+    """
+
+    pad_token_id: int
+    multiple_of: int = 8
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns: `input_ids`, `attention_mask` (1 on tokens) and `labels` (-100 on padding), int64, (B, L)."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for k, row in enumerate(rows):
+            n_tokens = len(row["input_ids"])
+            input_ids[k, :n_tokens] = torch.as_tensor(row["input_ids"])
+            attention_mask[k, :n_tokens] = 1
+            labels[k, :n_tokens] = torch.as_tensor(row["labels"])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def batches(
+    dataset: Dataset, collator: Collator, batch_size: int, *, seed: int = 0, n: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Keyword dicts for a model's forward, in an order drawn by `seed`; what scoring reads.
+
+    Every row comes at most once: where the dataset has fewer than `n` batches it ends early, and the last batch
+    may be smaller.
+
+    Args:
+        batch_size: rows of a batch, at least 1.
+        n: at most this many batches; None for one pass over the dataset.
+    """
+    if batch_size < 1:
+        raise InputError(f"Expected a batch size of at least 1. Got {batch_size}.")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = range(0, len(order), batch_size)
+    for start in starts if n is None else starts[:n]:
+        yield collator([dataset[row] for row in order[start : start + batch_size]])
