@@ -96,6 +96,11 @@ class _Accumulator:
     def value(self) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def sum(self) -> Tensor:
+        assert self.total is not None
+        return self.total
+
     def _add(self, term: Tensor) -> None:
         term = term.to(self.device or term.device, torch.promote_types(term.dtype, torch.float32))
         self.total = term.clone() if self.total is None else self.total.add_(term)
@@ -113,7 +118,7 @@ class _AbsOfSum(_Accumulator):
             self._add(grad_y_NO.T @ x_NI)
 
     def value(self) -> Tensor:
-        return self._tiles(self.total.abs()).mean((-1, -2))
+        return self._tiles(self.sum.abs()).mean((-1, -2))
 
 
 class _Net(_Accumulator):
@@ -125,7 +130,7 @@ class _Net(_Accumulator):
         self._add(grad_y_NR.T @ x_NC)
 
     def value(self) -> Tensor:
-        return self.total.abs() / self.target.grid.block_size**2
+        return self.sum.abs() / self.target.grid.block_size**2
 
 
 class _PerBatch(_Accumulator):
@@ -146,7 +151,7 @@ class _PerBatch(_Accumulator):
         raise NotImplementedError
 
     def value(self) -> Tensor:
-        return self.total
+        return self.sum
 
 
 class _SumOfAbs(_PerBatch):
@@ -167,7 +172,7 @@ class _Activation(_Accumulator):
 
     def value(self) -> Tensor:
         weight = self.target.weight().abs()
-        return self._tiles(weight * self.total.sqrt().to(weight.device)).mean((-1, -2))
+        return self._tiles(weight * self.sum.sqrt().to(weight.device)).mean((-1, -2))
 
 
 _ACCUMULATORS: dict[str, type[_Accumulator]] = {

@@ -1,105 +1,143 @@
-"""Arithmetic word problems by our own templates: endless, licence-free and with answers that can be checked.
+"""A procedural task: word problems of one or two sums, made on the spot.
 
-Used by the demo: an untuned small model gets few of them right, and learns in minutes. Training and test questions
-are kept apart by a hash of the question itself, so no seed of one can produce a question of the other.
+GSM8K and its like are beyond small models; this can be learned in minutes by a model of 135 M parameters that is
+poor at it before, so it shows whether fine-tuning works at all. A problem is a template, names, things and numbers.
+Whether it belongs to training or to testing is decided by a hash of its question, so no number of problems and no
+choice of seeds can put one question into both. Imports `smtune.errors` and, of this package, `overlap`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 from typing import Literal
 
-Record = dict[str, str]
+from smtune.data.overlap import question_key
+from smtune.errors import InputError
+
 Split = Literal["train", "test"]
 
-_NAMES = """Ada Amir Bela Chen Dana Emil Fatima Goran Hana Ivan Jana Kofi Lena
-Mina Nadia Omar Pavel Quinn Rosa Sami Tara Umar Vera Wanda Yara Zoe""".split()
-_THINGS = """apples books bottles buttons candles cards coins
-flowers marbles pencils shells stamps stones tickets""".split()
-_BOXES = "bags baskets boxes crates drawers jars shelves trays".split()
-_PLACES = ("the market", "school", "the library", "the fair", "the harbour", "the office")
+TEST_SHARE = 5
+"""One question in so many is a test question."""
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "a + b": (
-        "{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?",
-        "There are {a} {t} on the table and {b} {t} on the floor. How many {t} are there in all?",
-        "{n} found {a} {t} on Monday and {b} on Tuesday. How many {t} did {n} find in total?",
-        "{n} bought {a} {t} at {p}. {m} bought {b} {t} there. How many {t} did they buy together?",
-        "A shop sold {a} {t} in the morning and {b} {t} in the afternoon. How many {t} did it sell that day?",
-        "{n} is {a} years old. {m} is {b} years older than {n}. How old is {m}?",
-    ),
-    "s - b": (
-        "{n} had {s} {t} and gave {b} of them to {m}. How many {t} does {n} have left?",
-        "There were {s} {t} in the box. {n} took out {b}. How many {t} are still in the box?",
-        "{n} has {s} {t}. {m} has {b} {t} fewer than {n}. How many {t} does {m} have?",
-        "{n} needs {s} {t} and already has {b}. How many more {t} does {n} need?",
-        "After losing {b} {t} at {p}, how many of {n}'s {s} {t} remain?",
-        "{n} read {b} pages of a book with {s} pages. How many pages are left to read?",
-    ),
-    "c * d": (
-        "Each of {c} {x} holds {d} {t}. How many {t} are there in all?",
-        "{n} buys {c} packs with {d} {t} in each pack. How many {t} does {n} buy?",
-        "A ticket to {p} costs {d} euros. How many euros do {c} tickets cost?",
-        "{n} saves {d} {t} every week. How many {t} has {n} saved after {c} weeks?",
-        "There are {c} rows of {d} chairs at {p}. How many chairs are there?",
-    ),
-    "a + b + c": (
-        "{n} has {a} {t}, {m} has {b} {t} and their friend has {c} {t}. How many {t} do the three have?",
-        "{n} walked {a} metres, rested, walked {b} metres and then {c} metres. How far did {n} walk in metres?",
-        "{n} has {a} {t}. {m} has {b} {t} more than {n} and then buys {c}. How many {t} does {m} have?",
-    ),
-    "a + b - c": (
-        "{n} has {a} {t} and buys {b} more. Then {n} gives {c} to {m}. How many {t} does {n} have at the end?",
-        "At {p} there were {a} people. Then {b} came and {c} went home. How many people are at {p} now?",
-    ),
-    "s - b + c": ("{n} had {s} {t}, lost {b} of them and then found {c}. How many {t} does {n} have now?",),
-    "c * d + b": (
-        "{n} fills {c} {x} with {d} {t} each and has {b} {t} left over. How many {t} does {n} have?",
-        "{n} buys {c} packs of {d} {t}. {m} has {b} {t}. How many {t} do they have together?",
-    ),
-}
-"""Questions by the calculation that answers them, done from left to right."""
+MAX_PROBLEMS = 100_000
+"""More than that would exhaust the questions of the narrowest templates."""
 
-_RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+NAMES = (
+    "Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kofi", "Lena",
+    "Mateo", "Nadia", "Oskar", "Priya", "Quentin", "Rosa", "Samir", "Tove", "Ugo", "Vera", "Wanda", "Yusuf",
+)  # fmt: skip
+THINGS = (
+    "apples", "balloons", "bottles", "bricks", "buttons", "candles", "coins", "cookies", "cups", "eggs", "flowers",
+    "keys", "lemons", "marbles", "nails", "notebooks", "onions", "pencils", "postcards", "seashells", "stamps",
+    "stickers", "tickets", "walnuts",
+)  # fmt: skip
+
+TEMPLATES = (
+    # one sum
+    ("a + b", "{p} has {a} {things}. {q} gives {p} {b} more. How many {things} does {p} have now?"),
+    ("a + b", "{p} bought {a} {things} on Monday and {b} {things} on Tuesday. How many {things} did {p} buy?"),
+    ("a + b", "There are {a} {things} in one box and {b} in another. How many {things} are there in both boxes?"),
+    ("a + b", "{p} found {a} {things} and {q} found {b}. How many {things} did they find together?"),
+    ("a + b", "After {p} gave away {a} {things}, {b} were left. How many {things} did {p} have at first?"),
+    ("a + b", "{p} has {a} {things}. {q} has {b} more than {p}. How many {things} does {q} have?"),
+    ("a - b", "{p} had {a} {things} and lost {b} of them. How many {things} does {p} have left?"),
+    ("a - b", "A shop had {a} {things}. It sold {b} of them. How many {things} are left in the shop?"),
+    ("a - b", "{p} has {a} {things} and {q} has {b}. How many more {things} does {p} have than {q}?"),
+    ("a - b", "{p} needs {a} {things} and has {b} so far. How many more {things} does {p} need?"),
+    ("a - b", "{p} and {q} have {a} {things} together. {q} has {b} of them. How many {things} does {p} have?"),
+    ("a * b", "{p} has {a} boxes with {b} {things} in each. How many {things} does {p} have?"),
+    ("a * b", "Each of {a} children brings {b} {things}. How many {things} do they bring in all?"),
+    ("a * b", "{p} uses {a} {things} a day. How many {things} does {p} use in {b} days?"),
+    ("a * b", "{q} has {a} {things}. {p} has {b} times as many. How many {things} does {p} have?"),
+    # two sums
+    ("a + b + c", "{p} collected {a} {things}, {q} collected {b} and a friend {c}. How many {things} is that in all?"),
+    ("a + b + a", "{p} has {a} {things}. {q} has {b} more than {p}. How many {things} do they have together?"),
+    ("a + b - c", "{p} had {a} {things}, bought {b} more and then used {c}. How many {things} are left?"),
+    ("a + b - c", "A drawer holds {a} {things} and a shelf {b}. {p} takes {c} of them. How many {things} remain?"),
+    ("a - b + c", "{p} had {a} {things}, gave {b} to {q} and found {c}. How many {things} does {p} have now?"),
+    ("a - b + c", "There were {a} {things} in a basket. {p} took {b} out and {q} put {c} in. How many are in it now?"),
+    ("a - b - c", "{p} had {a} {things}. {b} broke and {c} were lost. How many {things} does {p} still have?"),
+    ("a - b - c", "Of {a} {things}, {p} took {b} and {q} took {c}. How many {things} were left over?"),
+    ("a * b + c", "{p} has {a} bags of {b} {things} and {c} loose ones. How many {things} does {p} have?"),
+    ("a * b + c", "{p} packs {b} {things} into each of {a} crates. {c} do not fit. How many {things} are there?"),
+    ("a * b - c", "{p} bought {a} packs of {b} {things} and gave {c} to {q}. How many {things} does {p} have left?"),
+    ("a * b - c", "{a} shelves hold {b} {things} each. {p} takes {c} away. How many {things} are still on them?"),
+    ("a - b * c", "{p} had {a} {things} and broke {b}. Then {q} brought enough to have {c} times as many as were "
+                  "left. How many {things} are there now?"),
+    ("a + b * c", "A pack holds {a} red and {b} blue {things}. {p} buys {c} packs. How many {things} does {p} have?"),
+    ("a * b * c", "{p} has {a} bags. In each are {b} boxes with {c} {things} each. How many {things} does {p} have?"),
+)  # fmt: skip
+"""(sums, question). The sums are done from left to right, *without* precedence: "a + b * c" is (a + b) · c."""
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-def arithmetic(n: int, split: Split = "train", seed: int = 0) -> list[Record]:
-    """n distinct word problems as records with `instruction`, `input`, `output`, `answer` and `task`.
+def arithmetic(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
+    """`n` different word problems.
 
     Args:
-        n: how many.
-        split: "train" or "test"; the two never share a question, whatever their seeds.
-        seed: of the draw.
+        n: how many, 1 to `MAX_PROBLEMS`.
+        seed: draws them; the same arguments give the same problems.
+        split: "train" or "test"; no question is in both, whatever the other arguments.
     Returns:
-        `output` is the calculation, a step a sentence, then "The answer is X."; `answer` is X.
+        Records of the instruction shape: `output` has one sum a line and ends "The answer is X.", `answer` is X,
+        `task` "arithmetic". All numbers are whole and positive.
+    Raises:
+        InputError: `n` or `split` is none of these.
     """
-    rng = random.Random(f"{split} {seed}")
-    questions = [(calculation, text) for calculation, texts in TEMPLATES.items() for text in texts]
-    records: dict[str, Record] = {}
-    while len(records) < n:
-        record = _draw(rng, *rng.choice(questions))
-        if _split_of(record["instruction"]) == split:
-            records.setdefault(record["instruction"], record)
-    return list(records.values())
+    if not 1 <= n <= MAX_PROBLEMS:
+        raise InputError(f"Expected 1 to {MAX_PROBLEMS:,} problems. Got {n:,}.")
+    if split not in ("train", "test"):
+        raise InputError(f'Expected a split among train, test. Got "{split}".')
+    draw = random.Random(f"{split} {seed}")
+    problems: dict[str, dict[str, str]] = {}
+    while len(problems) < n:
+        problem = _problem(draw)
+        key = question_key(problem["instruction"])
+        if _split(key) == split:
+            problems.setdefault(key, problem)
+    return list(problems.values())
 
 
-def _split_of(question: str) -> Split:
-    return "test" if hashlib.sha256(question.encode()).digest()[0] < 64 else "train"
+def _split(key: str) -> Split:
+    return "test" if hashlib.sha256(key.encode()).digest()[0] % TEST_SHARE == 0 else "train"
 
 
-def _draw(rng: random.Random, calculation: str, text: str) -> Record:
-    numbers = {"a": rng.randint(6, 60), "b": rng.randint(3, 40), "c": rng.randint(2, 6), "d": rng.randint(2, 12)}
-    numbers["s"] = numbers["a"] + numbers["b"]
-    n, m = rng.sample(_NAMES, 2)
-    things, boxes, place = rng.choice(_THINGS), rng.choice(_BOXES), rng.choice(_PLACES)
-    question = text.format(n=n, m=m, t=things, x=boxes, p=place, **numbers)
+def _problem(draw: random.Random) -> dict[str, str]:
+    sums, question = draw.choice(TEMPLATES)
+    p, q = draw.sample(NAMES, 2)
+    things = draw.choice(THINGS)
+    while True:
+        numbers = {name: draw.randint(2, 60) for name in "abc"}
+        steps = _steps(sums, numbers)
+        if steps is not None:
+            break
+    answer = str(steps[-1][-1])
+    lines = [f"{left} {symbol} {right} = {result}" for left, symbol, right, result in steps]
+    return {
+        "instruction": question.format(p=p, q=q, things=things, **numbers),
+        "input": "",
+        "output": "\n".join([*lines, f"The answer is {answer}."]),
+        "answer": answer,
+        "task": "arithmetic",
+    }
 
-    first, *rest = calculation.split()
-    result, steps = numbers[first], []
-    for sign, operand in zip(rest[::2], rest[1::2]):
-        left, right = result, numbers[operand]
-        result = _RESULT[sign](left, right)
-        steps.append(f"{left} {sign} {right} = {result}.")
-    output = f"{' '.join(steps)} The answer is {result}."
-    return {"instruction": question, "input": "", "output": output, "answer": str(result), "task": "arithmetic"}
+
+def _steps(sums: str, numbers: dict[str, int]) -> list[tuple[int, str, int, int]] | None:
+    """The sums as (left, symbol, right, result), or None if they are harder than intended.
+
+    Results must be positive, and factors at most 12: the tables a reader knows by heart.
+    """
+    first, *rest = sums.split()
+    value = numbers[first]
+    steps = []
+    for symbol, name in zip(rest[::2], rest[1::2]):
+        right = numbers[name]
+        result = OPERATIONS[symbol](value, right)
+        if result < 1 or (symbol == "*" and max(value, right) > 12):
+            return None
+        steps.append((value, symbol, right, result))
+        value = result
+    return steps

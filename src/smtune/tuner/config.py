@@ -48,8 +48,12 @@ class SMTConfig(PeftConfig):
         InputError: naming every faulty field at once.
     """
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to choose from."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers taken out again."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Linear layers to choose from."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers taken out again."}
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Decoder layers to use."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     block_size: int | Literal["auto"] = field(default="auto", metadata={"help": 'l, or "auto".'})
@@ -132,7 +136,7 @@ class SMTConfig(PeftConfig):
         cached = self.__dict__.get("_block_map")
         if cached is None or cached[0] is not self.plan:
             plan = self.get_plan()
-            modules = plan.modules.items() if plan is not None else ()
-            cached = (self.plan, {name: plan.index(name) for name, module in modules if module.rows})
+            planned = [] if plan is None else [(name, plan.index(name)) for name in plan.modules]
+            cached = (self.plan, {name: index for name, index in planned if len(index)})
             self.__dict__["_block_map"] = cached
         return cached[1]

@@ -112,11 +112,14 @@ class SMTLinear(nn.Module, SMTLayer):
         InputError: resident mode for a weight that is not a dense floating tensor.
     """
 
-    def __init__(self, base_layer: nn.Module, mode: str = "auto", name: str = "", **kwargs: Any) -> None:
+    base_layer: Any
+    smt_originals: Tensor | None
+
+    def __init__(self, base_layer: Any, mode: str = "auto", name: str = "", **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features: int = base_layer.in_features
-        self.out_features: int = base_layer.out_features
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
         self.smt_blocks = nn.ModuleDict()
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -152,7 +155,7 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"Expected a plan for a ({self.out_features}, {self.in_features}) weight at {self._name}. Got one for "
                 f"({places.grid.out_features}, {places.grid.in_features})."
             )
-        sizes = {blocks.places.grid.block_size for blocks in self.smt_blocks.values()} - {places.grid.block_size}
+        sizes = {each.grid.block_size for each in self._places()} - {places.grid.block_size}
         if sizes:
             raise InputError(
                 f"Expected all adapters of a layer to have one block size, {sizes.pop()} at {self._name}. Got "
@@ -180,7 +183,7 @@ class SMTLinear(nn.Module, SMTLayer):
     def _set_union(self) -> None:
         """Fit `originals` to the adapters there are now, keeping what it knows: W may be merged."""
         old_union, old_originals = self._union, self.smt_originals
-        places = [blocks.places for blocks in self.smt_blocks.values()]
+        places = self._places()
         self._union = _union(places) if places else None
         self._active_set = None
         if old_union is None or old_originals is None or self._union is None:
@@ -199,18 +202,26 @@ class SMTLinear(nn.Module, SMTLayer):
         if not present:
             return None
         if self._active_set is None or self._active_set.names != present:
-            places = [self.smt_blocks[name].places for name in present]
-            self._active_set = _ActiveSet(present, places, self._union)
+            assert self._union is not None
+            self._active_set = _ActiveSet(present, [self._blocks(name).places for name in present], self._union)
         return self._active_set
 
+    def _blocks(self, name: str) -> Blocks:
+        blocks = self.smt_blocks[name]
+        assert isinstance(blocks, Blocks)
+        return blocks
+
+    def _places(self) -> list[BlockIndex]:
+        return [self._blocks(name).places for name in self.smt_blocks]
+
     def _deltas(self, adapters: _ActiveSet) -> list[Tensor]:
-        return [self.smt_blocks[name].weight for name in adapters.names]
+        return [self._blocks(name).weight for name in adapters.names]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base's dtype, which would round the deltas to 16 bits on loading.
         target = device if device is not None else self._get_base_layer_device_and_dtype(self.base_layer)[0]
         if adapter_name in self.smt_blocks and target is not None:
-            blocks = self.smt_blocks[adapter_name]
+            blocks = self._blocks(adapter_name)
             if blocks.weight.device.type != "meta":
                 blocks.to(target)
 
@@ -226,6 +237,7 @@ class SMTLinear(nn.Module, SMTLayer):
     def _write(self, adapters: _ActiveSet, total: Tensor) -> None:
         weight = self.base_layer.weight.data
         if self.smt_originals is None:
+            assert self._union is not None
             self.smt_originals = gather(weight, self._union)
         originals = self.smt_originals if adapters.positions is None else self.smt_originals[adapters.positions]
         dtype = torch.promote_types(total.dtype, torch.float32)
@@ -234,8 +246,13 @@ class SMTLinear(nn.Module, SMTLayer):
     def _restore(self) -> None:
         """Take the resident blocks out of W: it is the base again, bit for bit."""
         if self._standing is not None:
-            scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
+            self._write_originals()
             self._standing = None
+
+    def _write_originals(self) -> None:
+        assert self._union is not None
+        assert self.smt_originals is not None
+        scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The base weight may be about to change: what stands in it goes first, and the originals are taken anew.
@@ -316,7 +333,7 @@ class SMTLinear(nn.Module, SMTLayer):
         if self._put_aside:
             self.base_layer = self._put_aside.pop()
         else:
-            scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
+            self._write_originals()
 
     def _merge_quantised(self, adapters: _ActiveSet, total: Tensor) -> None:
         backend = getattr(self, "quantization_backend", None)
@@ -335,7 +352,7 @@ class SMTLinear(nn.Module, SMTLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's change of the weight as a dense (O, I) tensor, in the deltas' dtype."""
-        blocks = self.smt_blocks[adapter]
+        blocks = self._blocks(adapter)
         dense = blocks.weight.new_zeros(self.out_features, self.in_features)
         return scatter_(dense, blocks.places, blocks.weight.detach())
 
@@ -357,7 +374,7 @@ class SMTLinear(nn.Module, SMTLayer):
 
 def is_dense(layer: nn.Module) -> bool:
     """Whether the layer's weight is an ordinary dense floating (O, I) tensor that can be written in place."""
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     return (
         isinstance(layer, nn.Linear)
         and type(weight) in (nn.Parameter, Tensor)

@@ -10,15 +10,16 @@ from torch import nn
 
 from smtune.errors import InputError
 from smtune.scoring import DATA_FREE
+from smtune.selection import Plan
 from smtune.tuner.config import SMTConfig
 from smtune.tuner.layer import SMTLayer, SMTLinear
 from smtune.tuner.plan import make_plan
 from smtune.tuner.targets import DEFAULT_TARGETS
 
 try:
-    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-except ImportError:  # peft 0.20 has no quantisation backends
-    get_quantization_kwargs = resolve_quantization_backend = None
+    from peft.utils import quantization_utils
+except ImportError:  # older than peft 0.20: no merging into quantised weights
+    quantization_utils = None
 
 
 class SMTModel(BaseTuner):
@@ -32,14 +33,13 @@ class SMTModel(BaseTuner):
     tuner_layer_cls = SMTLayer
     target_module_mapping = DEFAULT_TARGETS
 
-    def _pre_injection_hook(self, model: nn.Module, config: SMTConfig, adapter_name: str) -> None:
-        self._complete(model, config)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._complete(model, self.peft_config[adapter_name])  # PEFT skips the hook for a second adapter
+        # Before anything is replaced; PEFT's own hook for this is not called for a second adapter.
+        self._complete(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _complete(self, model: nn.Module, config: SMTConfig) -> None:
+    @staticmethod
+    def _complete(model: nn.Module, config: Any) -> None:
         """Give the configuration a plan if it can have one without data, and check the plan against the model."""
         if config.plan is None:
             if config.criterion not in DATA_FREE:
@@ -49,7 +49,7 @@ class SMTModel(BaseTuner):
                     "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
                 )
             config.plan = make_plan(model, None, config).to_dict()
-        plan = config.get_plan()
+        plan = Plan.from_dict(config.plan)
         plan.check(model)
         if config.target_modules is None:
             config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
@@ -80,8 +80,9 @@ class SMTModel(BaseTuner):
             target.update_layer(adapter_name, places, peft_config.init_weights)
             return
         layer = SMTLinear(target, peft_config.mode, current_key)
-        if resolve_quantization_backend is not None and not layer._is_dense:
-            layer.quantization_backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        if quantization_utils is not None and not layer._is_dense:
+            options = quantization_utils.get_quantization_kwargs(self.model)
+            layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
         layer.update_layer(adapter_name, places, peft_config.init_weights)
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:

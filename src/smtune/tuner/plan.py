@@ -93,8 +93,8 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
         config: budget, policy, shares.
         total_params: parameters of the whole model, which a fractional budget counts from.
     """
-    block_size = getattr(scores, "block_size", config.block_size)
-    if block_size == "auto":
+    block_size = scores.block_size if isinstance(scores, Scores) else config.block_size
+    if isinstance(block_size, str):
         raise InputError('Expected a numeric block_size with scores of your own making. Got "auto".')
     chosen = select(
         scores,
@@ -117,12 +117,12 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
     return Plan(
         modules=modules,
         block_size=block_size,
-        criterion=getattr(scores, "criterion", config.criterion),
+        criterion=scores.criterion if isinstance(scores, Scores) else config.criterion,
         policy=config.policy,
         budget=config.budget,
         total_params=total_params,
-        batches_seen=getattr(scores, "batches_seen", 0),
-        model_name=getattr(scores, "model_name", ""),
+        batches_seen=scores.batches_seen if isinstance(scores, Scores) else 0,
+        model_name=scores.model_name if isinstance(scores, Scores) else "",
         shares=config.shares,
         seed=config.seed,
     )

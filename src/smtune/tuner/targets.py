@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
@@ -73,11 +74,9 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     }
 
 
-def _dense_weight_of(module: nn.Module):
+def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
     def weight() -> Tensor:
         base = module.base_layer if hasattr(module, "base_layer") else module
-        if hasattr(module, "_restore"):
-            module._restore()
         return base.weight.data if base.weight.is_floating_point() else dequantize_module_weight(base).detach()
 
     return weight
@@ -94,7 +93,7 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
             )
         config.target_modules = set(DEFAULT_TARGETS[model_type])
     asked = config.target_modules
-    config = _maybe_include_all_linear_layers(config, model)
+    _maybe_include_all_linear_layers(config, model)  # expands "all-linear" in place
     # Inside an adapted layer stand its base layer and its blocks; the layer itself is the target.
     inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     matches = [
@@ -133,7 +132,7 @@ def count_parameters(model: nn.Module) -> int:
     return total
 
 
-def _logical_size(module: nn.Module, name: str, parameter: Tensor) -> int:
+def _logical_size(module: Any, name: str, parameter: Tensor) -> int:
     if name == "weight" and not parameter.is_floating_point() and hasattr(module, "in_features"):
         return module.out_features * module.in_features  # 4-bit weights are packed
     return math.prod(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor
