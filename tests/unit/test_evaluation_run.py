@@ -106,11 +106,11 @@ def test_likelihood_equals_brute_force_at_any_batch_size(model, tokenizer, batch
     evaluation = evaluate(model, tokenizer, items, protocol="likelihood", model_id="tiny", batch_size=batch_size)
     for item, result in zip(items, evaluation.results):
         expected = {
-            c.label: brute_force_log_prob(model, tokenizer, item.prompt + c.given, c.scored) for c in choices(item)
+            c.label: brute_force_log_prob(model, tokenizer, c.prompt + c.opening, c.scored) for c in choices(item)
         }
         assert result.key == item.key
         assert result.log_probs == pytest.approx(expected, abs=1e-4)
-        per_character = {c.label: expected[c.label] / len(c.scored) for c in choices(item)}
+        per_character = {c.label: expected[c.label] / len(c.scored.strip()) for c in choices(item)}
         assert result.prediction == max(per_character, key=lambda label: per_character[label])
         assert result.correct == (result.prediction == item.answer)
 
@@ -272,7 +272,7 @@ def test_summary_counts_and_tables(model, tokenizer):
     assert task.n == 7
     assert task.correct == sum(r.correct for r in run.results)
     assert task.accuracy.value == task.accuracy_per_character == task.correct / 7
-    assert task.accuracy.low < task.accuracy.value < task.accuracy.high
+    assert task.accuracy.low <= task.accuracy.value < task.accuracy.high
     assert run.summary.averages == {}
 
     said = evaluate(model, tokenizer, items, model_id="tiny", max_new_tokens=2)

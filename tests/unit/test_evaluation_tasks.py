@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from smtune.data import alpaca_prompt
 from smtune.errors import InputError
-from smtune.evaluation import GROUPS, TASKS, Item, choices, load_items, resolve_tasks
+from smtune.evaluation import GROUPS, TASKS, Choice, Item, choices, extract_answer, load_items, resolve_tasks
 
 QUESTION = "Please choose the correct answer to the question: "
 
@@ -42,24 +43,27 @@ def test_unknown_tasks_are_all_named_with_the_closest():
 
 
 @pytest.mark.parametrize(
-    ("task", "instruction", "expected"),
+    ("task", "instruction", "question", "expected"),
     [
         (
             "boolq",
             "Please answer the following question with true or false, question: is ice wet?\n\n"
             "Answer format: true/false",
+            "Please answer the following question with true or false, question: is ice wet?",
             {"true": "true", "false": "false"},
         ),
         (
             "piqa",
             "Please choose the correct solution to the question: boil an egg\n\nSolution1: In water.\nFor long.\n\n"
             "Solution2: In a hat: gently.\n\nAnswer format: solution1/solution2",
+            "Please choose the correct solution to the question: boil an egg",
             {"solution1": "In water.\nFor long.", "solution2": "In a hat: gently."},
         ),
         (
             "social_i_qa",
             f"{QUESTION}Kai sat. Why?\n\nAnswer1: to rest Answer2: to run Answer3: to hide\n\n"
             "Answer format: answer1/answer2/answer3",
+            f"{QUESTION}Kai sat. Why?",
             {"answer1": "to rest", "answer2": "to run", "answer3": "to hide"},
         ),
         (
@@ -67,36 +71,42 @@ def test_unknown_tasks_are_all_named_with_the_closest():
             "Please choose the correct ending to complete the given sentence: Knives: She cuts. she\n\n"
             "Ending1: stops. Ending2: cuts more. Ending3: sings. Ending4: leaves.\n\n"
             "Answer format: ending1/ending2/ending3/ending4",
+            "Please choose the correct ending to complete the given sentence: Knives: She cuts. she",
             {"ending1": "stops.", "ending2": "cuts more.", "ending3": "sings.", "ending4": "leaves."},
         ),
         (
             "ARC-Easy",
             f"{QUESTION}Which gas?\n\nAnswer1: O Answer2: N Answer3: H Answer4: He Answer5: Ar\n\n"
             "Answer format: answer1/answer2/answer3/answer4/answer5",
+            f"{QUESTION}Which gas?",
             {"answer1": "O", "answer2": "N", "answer3": "H", "answer4": "He", "answer5": "Ar"},
         ),
         (
             "AQuA",
             "Find x, see (A) above. Answer Choices: (A) $61 (B) 65 % (C) 1/2 (D)7 (E) None of these",
+            "Find x, see (A) above.",
             {"A": "$61", "B": "65 %", "C": "1/2", "D": "7", "E": "None of these"},
         ),
     ],
 )
-def test_options_are_read_from_the_instruction(task, instruction, expected):
+def test_options_are_read_from_the_instruction(task, instruction, question, expected):
     found = choices(item(task, instruction))
-    assert {choice.label: choice.scored for choice in found} == expected
-    assert [choice.label for choice in found] == list(expected)
-    assert all(choice.given == "" for choice in found)
+    opening = {"AQuA": "The answer is", "hellaswag": ""}.get(task, "the correct answer is")
+    assert [(c.label, c.scored.strip()) for c in found] == list(expected.items())
+    assert all(c.scored.startswith(" ") == bool(opening) for c in found)
+    assert {c.opening for c in found} == {opening}
+    # The prompt asks without listing the options.
+    assert {c.prompt for c in found} == {alpaca_prompt(question)}
 
 
 def test_winogrande_scores_what_follows_the_filled_blank():
-    instruction = (
-        "Please choose the correct answer to fill in the blank to complete the given sentence: "
-        "Ann thanked Eve because _ was kind.\n\nOption1: Ann Option2: Eve Answer format: option1/option2"
-    )
-    assert [(c.label, c.given, c.scored) for c in choices(item("winogrande", instruction))] == [
-        ("option1", "Ann thanked Eve because Ann", " was kind."),
-        ("option2", "Ann thanked Eve because Eve", " was kind."),
+    request = "Please choose the correct answer to fill in the blank to complete the given sentence:"
+    sentence = "Ann thanked Eve because _ was kind."
+    instruction = f"{request} {sentence}\n\nOption1: Ann Option2: Eve Answer format: option1/option2"
+    prompt = alpaca_prompt(request)
+    assert choices(item("winogrande", instruction)) == [
+        Choice("option1", prompt, "Ann thanked Eve because Ann", " was kind."),
+        Choice("option2", prompt, "Ann thanked Eve because Eve", " was kind."),
     ]
 
 
@@ -161,8 +171,9 @@ def test_limit_is_a_seeded_sample_in_file_order(tmp_path):
     ("text", "message"),
     [
         ('{"instruction": "q", "answer": "1"}\n{"instr', "line 2"),
-        ('{"instruction": "q"}\n', r'"instruction" and "answer" at .*record 1. Got .*instruction'),
-        ("", "Expected records of gsm8k"),
+        ('{"instruction": "q"}\n', r'"instruction" and "answer" in .*record 1. Got .*instruction'),
+        ("[3]", r"record 1. Got the fields \[\]"),
+        ("", "gsm8k"),
     ],
 )
 def test_bad_files_are_an_error_that_says_where(tmp_path, text, message):
@@ -174,3 +185,21 @@ def test_bad_files_are_an_error_that_says_where(tmp_path, text, message):
 def test_missing_files_are_an_error_that_says_where_to_get_them(tmp_path):
     with pytest.raises(InputError, match=r"boolq\.jsonl, boolq\.json or boolq/test\.json.*LLM-Adapters"):
         load_items(TASKS["boolq"], tmp_path)
+
+
+def test_packaged_records_need_no_source(tmp_path):
+    assert len(load_items(TASKS["gsm8k"])) == 50
+    items = load_items(TASKS["arithmetic"], limit=5)
+    assert len(items) == 5
+    assert all(extract_answer(i.task, f"The answer is {i.answer}.") == float(i.answer) for i in items)
+    assert load_items(TASKS["arithmetic"], tmp_path, limit=5) == items
+    with pytest.raises(InputError, match=r"Expected boolq.jsonl.*LLM-Adapters"):
+        load_items(TASKS["boolq"])
+
+
+@pytest.mark.parametrize("task", ["winogrande", "social_i_qa", "openbookqa", "AQuA"])
+def test_every_packaged_record_spells_its_options(task):
+    for real in load_items(TASKS[task]):
+        found = choices(real)
+        assert real.answer in {choice.label for choice in found}
+        assert all(choice.scored.strip() and "Answer format" not in choice.prompt for choice in found)

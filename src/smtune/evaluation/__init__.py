@@ -1,0 +1,51 @@
+"""Evaluation: the tasks, how an answer is read and scored, and intervals for the results.
+
+    items = load_items(resolve_tasks(["boolq"])[0], "data/")
+    evaluation = evaluate(model, tokenizer, items, protocol="likelihood", model_id="base", out_dir="results/")
+
+The protocols are LLM-Adapters' (Hu et al. 2023, arXiv:2304.01933) and option likelihood. Imports `smtune.data` for
+the prompt, torch, transformers and rich; never training or the tuner.
+"""
+
+from smtune.evaluation.answers import extract_answer, is_correct
+from smtune.evaluation.results import (
+    ItemResult,
+    Summary,
+    TaskSummary,
+    compare,
+    comparison_table,
+    load_run,
+    summarise,
+    summary_table,
+)
+from smtune.evaluation.run import Evaluation, Protocol, evaluate
+from smtune.evaluation.statistics import Estimate, PairedDifference, accuracy, paired_difference
+from smtune.evaluation.tasks import GROUPS, TASKS, Choice, Item, Task, choices, load_items, resolve_tasks
+
+__all__ = [
+    "GROUPS",
+    "TASKS",
+    "Choice",
+    "Estimate",
+    "Evaluation",
+    "Item",
+    "ItemResult",
+    "PairedDifference",
+    "Protocol",
+    "Summary",
+    "Task",
+    "TaskSummary",
+    "accuracy",
+    "choices",
+    "compare",
+    "comparison_table",
+    "evaluate",
+    "extract_answer",
+    "is_correct",
+    "load_items",
+    "load_run",
+    "paired_difference",
+    "resolve_tasks",
+    "summarise",
+    "summary_table",
+]

@@ -1,0 +1,107 @@
+"""Intervals and tests for accuracies, in closed form. Imports nothing outside the standard library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z_95 = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval, as fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+def accuracy(correct: int, n: int) -> Estimate:
+    """Share correct with Wilson's score interval, which holds near 0 and 1 and for small n.
+
+    Source: Wilson 1927, JASA 22, 209.
+    """
+    if not 0 <= correct <= n or n == 0:
+        raise ValueError(f"Expected 0 <= correct <= n with n > 0. Got correct={correct}, n={n}.")
+    share, z2 = correct / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # At the ends the formula gives exactly the share; rounding must not put it outside its own interval.
+    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Unweighted mean of independent estimates ("Avg." over tasks), its interval from theirs.
+
+    Source: the method of variance estimates recovery, Zou and Donner 2008, Stat. Med. 27, 1693.
+    """
+    k = len(estimates)
+    value = sum(e.value for e in estimates) / k
+    below = math.sqrt(sum((e.value - e.low) ** 2 for e in estimates)) / k
+    above = math.sqrt(sum((e.high - e.value) ** 2 for e in estimates)) / k
+    return Estimate(value, value - below, value + above)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of run a minus that of run b over the same n items.
+
+    Args:
+        difference: with Newcombe's 95 % interval (method 10).
+        only_a, only_b: items that only one of the two got right.
+        p_value: exact two-sided McNemar test that both are equally good.
+    """
+
+    n: int
+    difference: Estimate
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
+    """Compares two runs item by item.
+
+    Args:
+        a, b: whether item k was right in each run, same order.
+    Source: Newcombe 1998, Stat. Med. 17, 2635 (method 10); McNemar 1947, in its exact binomial form.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"Expected two runs over the same items. Got {len(a)} and {len(b)} items.")
+    n = len(a)
+    both = sum(x and y for x, y in zip(a, b))
+    only_a, only_b = sum(a) - both, sum(b) - both
+    neither = n - both - only_a - only_b
+    first, second = accuracy(both + only_a, n), accuracy(both + only_b, n)
+
+    phi = _continuity_corrected_phi(both, only_a, only_b, neither)
+    difference = first.value - second.value
+    below = _square_and_add(first.value - first.low, second.high - second.value, phi)
+    above = _square_and_add(first.high - first.value, second.value - second.low, phi)
+    estimate = Estimate(difference, max(-1.0, difference - below), min(1.0, difference + above))
+    return PairedDifference(n, estimate, only_a, only_b, mcnemar(only_a, only_b))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p-value that the discordant items fall either way with equal chance."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _square_and_add(x: float, y: float, phi: float) -> float:
+    return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+
+def _continuity_corrected_phi(both: int, only_a: int, only_b: int, neither: int) -> float:
+    n = both + only_a + only_b + neither
+    margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    if margins == 0:
+        return 0.0
+    cross = both * neither - only_a * only_b
+    if cross > 0:
+        cross = max(cross - n / 2, 0)
+    return cross / math.sqrt(margins)
