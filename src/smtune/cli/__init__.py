@@ -1,0 +1,271 @@
+"""The command line: parse, wire, exit codes.
+
+Exit codes: 0 done, 2 bad input, 1 a fault of ours. Bad input is told in a message without a traceback; `--debug`
+shows it. Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from smtune.errors import InputError
+from smtune.version import __version__
+
+if TYPE_CHECKING:
+    from smtune.evaluation import Evaluation
+    from smtune.selection import Plan
+
+app = typer.Typer(
+    name="smtune",
+    help="Sparse Matrix Tuning: fine-tune a language model by training only the weight blocks that matter.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True, highlight=False)
+"""Progress and messages; results go to the standard output."""
+
+Config = Annotated[Path, typer.Argument(help="A YAML configuration, such as examples/smollm2-arithmetic.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as training.max_steps=50.")
+]
+DType = Annotated[str, typer.Option(help="Of the base weights: float32 or bfloat16.")]
+
+
+@app.command()
+def select(
+    config: Config,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
+) -> None:
+    """Score the blocks of a model by gradients and write the plan of those to train."""
+    from smtune.report import plan_table
+    from smtune.training import load_config, select_plan
+
+    if output.exists():
+        raise InputError(f"Expected a new file for the plan. {output} exists: choose another --output.")
+    plan = select_plan(load_config(config, overrides or []), console)
+    plan.save(output)
+    Console().print(plan_table(plan))
+    console.print(f"Wrote {output}. Train it: smtune train {config} smt.plan={output}")
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan of work.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+) -> None:
+    """Fine-tune: load, score, select, train, save, and evaluate if the configuration names tasks."""
+    from smtune import training
+
+    checked = training.load_config(config, overrides or [])
+    items = _items(checked.evaluation.tasks, checked.evaluation.source, checked.evaluation.limit)
+    if dry_run:
+        Console().print(training.dry_run(checked))
+        return
+    result = training.train(checked, resume=resume, console=console)
+    console.print(f"Trained {result.trained} in {result.seconds:.0f} s, loss {result.loss:.4f}")
+    if items:
+        options = checked.evaluation
+        output = Path(result.folder) / "evaluation" / options.protocol
+        _evaluate(result.folder, items, options.protocol, options.batch_size, checked.dtype, output)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An alias, a folder of a model, an adapter or a run, or a hub id.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups, with commas: commonsense, math, boolq, gsm8k, …")],
+    source: Annotated[str | None, typer.Option(help="Folder or file of test records. Default: the package's.")] = None,
+    protocol: Annotated[str, typer.Option(help="generate, or likelihood for tasks with options.")] = "generate",
+    limit: Annotated[int | None, typer.Option(help="Items of a task, at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    dtype: DType = "float32",
+    output: Annotated[Path | None, typer.Option(help="Folder for results. Default: beside the model's run.")] = None,
+) -> None:
+    """Measure accuracy with intervals; a call that was cut short goes on where it stopped."""
+    items = _items([name.strip() for name in tasks.split(",") if name.strip()], source, limit)
+    if output is None:
+        place = Path(model)
+        output = (place if place.is_dir() else Path(model.replace("/", "--"))) / "evaluation" / protocol
+    _evaluate(model, items, protocol, batch_size, dtype, output)
+
+
+def _items(tasks: list[str], source: str | None, limit: int | None) -> list[Any]:
+    from smtune.evaluation import load_items, resolve_tasks
+
+    return [item for task in resolve_tasks(tasks) for item in load_items(task, source, limit)] if tasks else []
+
+
+def _evaluate(model: str, items: list[Any], protocol: str, batch_size: int, dtype: str, output: Path) -> Evaluation:
+    """Load, merge (a merged adapter computes the same at no cost), evaluate, print, keep every item's output."""
+    from rich.progress import Progress
+
+    from smtune.evaluation import evaluate as evaluate_items
+    from smtune.evaluation import summary_table
+    from smtune.models import load_model, load_tokenizer
+
+    loaded: Any = load_model(model, dtype)
+    if hasattr(loaded, "merge_and_unload"):
+        loaded = loaded.merge_and_unload()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Evaluating", total=len(items))
+        evaluation = evaluate_items(
+            loaded,
+            load_tokenizer(model),
+            items,
+            protocol=protocol,  # type: ignore[arg-type]
+            model_id=model,
+            out_dir=output,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done),
+        )
+    Console().print(summary_table(evaluation.summary))
+    console.print(f"Every item's output and the summary: {output}")
+    return evaluation
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="A run or an adapter.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    dtype: Annotated[
+        str, typer.Option(help="float32 keeps every bit of what was trained; bfloat16 rounds the blocks.")
+    ] = "float32",
+) -> None:
+    """Write an adapter's blocks into its base model: a plain checkpoint that loads without smtune."""
+    from smtune.models import load_model, load_tokenizer
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"Expected a new or empty folder. {output} is not: choose another.")
+    model: Any = load_model(adapter, dtype)
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError(f"Expected an adapter. {adapter} is a whole model already.")
+    merged = model.merge_and_unload(safe_merge=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        merged.save_pretrained(temporary)
+        load_tokenizer(adapter).save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    console.print(f"Wrote {output} ({dtype}): AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A plan, an adapter or a run.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the pictures. Default: beside it.")] = None,
+) -> None:
+    """Show where the trained blocks are: a table, and the paper's Figures 4 and 5 as pictures."""
+    from smtune import report
+
+    plan = _find_plan(path)
+    folder = output or (path if path.is_dir() else path.parent) / "figures"
+    Console().print(report.plan_table(plan))
+    written = [folder / "blocks.png", folder / "shares.png"]
+    folder.mkdir(parents=True, exist_ok=True)
+    report.block_map(plan, written[0])
+    report.projection_shares(plan, written[1])
+    metrics = path / "metrics.jsonl"
+    if metrics.is_file():
+        from smtune.training import read_metrics
+
+        written.append(folder / "loss.png")
+        report.loss_curve(read_metrics(metrics), written[-1])
+    console.print("Wrote " + ", ".join(map(str, written)))
+
+
+def _find_plan(path: Path) -> Plan:
+    """The plan in a file, a run folder, or an adapter's configuration."""
+    import json
+
+    from smtune.selection import Plan
+
+    if not path.exists():
+        raise InputError(f"Expected a plan, an adapter or a run at {path}. There is nothing.")
+    if path.is_file():
+        return Plan.load(path)
+    if (path / "plan.json").is_file():
+        return Plan.load(path / "plan.json")
+    for folder in (path, path / "adapter"):
+        file = folder / "adapter_config.json"
+        if file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.get("peft_type") != "SMT":
+                raise InputError(f"Expected an SMT adapter. {file} is of type {values.get('peft_type')}.")
+            return Plan.from_dict(values.get("plan") or {})
+    raise InputError(f"Expected a plan, an adapter or a run. {path} has neither plan.json nor adapter_config.json.")
+
+
+@app.command()
+def demo(
+    compare: Annotated[bool, typer.Option("--compare", help="Also LoRA of as many parameters, same data.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also SMT on shuffled answers: what learning the format alone gives.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("smtune-demo"),
+) -> None:
+    """Fine-tune SmolLM2-135M on word problems, here and now, with its accuracy before and after."""
+    from smtune.cli.demo import run_demo
+
+    run_demo(output, compare=compare, control=control, console=Console(highlight=False))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of bad input too.")] = False,
+) -> None:
+    """Read by `main`, which takes it anywhere on the line; it stands here for `--help`."""
+
+
+def main() -> None:
+    """The entry point: turn what goes wrong into an exit code and, unless asked for, no traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(run(arguments, debug=len(arguments) < len(sys.argv) - 1))
+
+
+def run(arguments: list[str], debug: bool = False) -> int:
+    """Run a command line and return its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments)
+    except SystemExit as exit:  # how typer ends, after telling what was wrong with the line
+        return exit.code if isinstance(exit.code, int) else 1
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)
+        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console.print(
+            f"[bold red]smtune:[/] a fault of smtune or of a library: {type(error).__name__}: {escape(str(error))}\n"
+            "Run it again with --debug for the traceback.",
+            soft_wrap=True,
+        )
+        return 1
+    return 0

@@ -1,0 +1,199 @@
+"""The command line as a person uses it: exit codes, messages, files, and what a newcomer reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import smtune
+from smtune import cli
+from smtune.models import load_model
+
+TASK_ITEMS = 6
+
+
+@pytest.fixture
+def config(base, rows, tmp_path, monkeypatch):
+    """A configuration file for the tiny model, with an evaluation, in a fresh working directory."""
+    monkeypatch.chdir(tmp_path)
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    records = [{"instruction": f"{k} + 1 =", "input": "", "answer": str(k + 1)} for k in range(TASK_ITEMS)]
+    (tests / "AddSub.jsonl").write_text("\n".join(map(json.dumps, records)))
+    values = {
+        "model": str(base),
+        "output": "run",
+        "data": {"train": str(rows), "max_length": 64},
+        "smt": {"block_size": 16, "budget": 12, "warmup_steps": 3},
+        "training": {"learning_rate": 1e-2, "max_steps": 3, "batch_size": 2, "logging_steps": 1},
+        "evaluation": {"tasks": ["AddSub"], "source": str(tests)},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(capsys, *arguments, code=0):
+    """(standard output, error stream) of a command, its exit code checked."""
+    actual = cli.run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert actual == code, captured.err
+    return captured.out, captured.err
+
+
+@pytest.fixture
+def errors_to_stderr(monkeypatch):
+    """The console was made when the module was imported; give it the stream that pytest captures."""
+    from rich.console import Console
+
+    monkeypatch.setattr(cli, "console", Console(stderr=True, highlight=False, width=200))
+
+
+pytestmark = pytest.mark.usefixtures("errors_to_stderr")
+
+
+def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
+    out, _ = run(capsys, "train", config, "--dry-run")
+    assert "12 blocks of 16²" in out
+    assert not (tmp_path / "run").exists()
+
+    out, err = run(capsys, "train", config)
+    assert "Trained run/adapter" in err
+    assert "AddSub" in out
+    kept = (tmp_path / "run/evaluation/generate/items.jsonl").read_text().splitlines()
+    assert len(kept) == TASK_ITEMS + 1
+
+    # evaluating again finds everything done
+    out, err = run(capsys, "evaluate", "run", "--tasks", "addsub", "--source", tmp_path / "tests")
+    assert (tmp_path / "run/evaluation/generate/items.jsonl").read_text().splitlines() == kept
+
+    out, err = run(capsys, "inspect", "run")
+    assert "q_proj" in out
+    for name in ("blocks", "shares", "loss"):
+        assert (tmp_path / f"run/figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    run(capsys, "inspect", "run/plan.json", "--output", "from-plan")
+    run(capsys, "inspect", "run/adapter", "--output", "from-adapter")
+    assert (tmp_path / "from-plan/blocks.png").is_file()
+    assert (tmp_path / "from-adapter/blocks.png").is_file()
+
+    out, err = run(capsys, "merge", "run", "merged")
+    assert "merged" in err
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
+        "T.from_pretrained('merged'); m = A.from_pretrained('merged', dtype=torch.float32).eval();"
+        f"torch.set_num_threads({torch.get_num_threads()});"
+        "torch.save(m(input_ids=torch.arange(12).view(1, 12)).logits, 'logits.pt');"
+        "assert 'smtune' not in sys.modules and 'peft' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    with torch.no_grad():
+        expected = load_model("run")(input_ids=torch.arange(12).view(1, 12)).logits
+    assert torch.equal(torch.load("logits.pt"), expected)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".merged")] == []
+
+
+def test_select_then_train_with_the_plan(config, capsys, tmp_path):
+    out, err = run(capsys, "select", config, "--output", "plan.json")
+    plan = smtune.Plan.load("plan.json")
+    assert plan.n_blocks == 12
+    assert plan.batches_seen == 3
+    assert "smt.plan=plan.json" in err
+    # what a plan has decided must not be asked for again
+    values = yaml.safe_load(config.read_text())
+    values["smt"] = {"plan": "plan.json"}
+    config.write_text(yaml.safe_dump(values))
+    run(capsys, "train", config)
+    assert smtune.Plan.load("run/plan.json") == plan
+    _, err = run(capsys, "select", config, "--output", "plan.json", code=2)
+    assert "plan.json exists" in err
+
+
+def test_a_stopped_run_is_resumed(config, capsys):
+    run(capsys, "train", config)
+    _, err = run(capsys, "train", config, code=2)
+    assert "--resume" in err
+    _, err = run(capsys, "train", config, "--resume")
+    assert "finished already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "confg.yaml"], 'There is no such file. Did you mean "config.yaml"'),
+        (["train", "config.yaml", "traning.max_steps=3"], 'Did you mean "training.max_steps"'),
+        (["train", "config.yaml", "smt.budget=0", "method=smtt", "smt.criterion=nett"], "3 faults"),
+        (["train", "config.yaml", "smt.block_size=48"], "48, which does not divide"),
+        (["train", "config.yaml", "evaluation.tasks=[bolq]"], 'Did you mean "boolq"'),
+        (["train", "config.yaml", "evaluation.source=nowhere"], "AddSub"),
+        (["train", "config.yaml", "data.train=rows.jsonl"], "rows.jsonl"),
+        (["evaluate", "no/where/at/all", "--tasks", "arithmetic"], "no such folder"),
+        (["evaluate", "x", "--tasks", "arithmetic", "--limit", "0"], "at least 1 item"),
+        (["merge", "no/where/at/all", "out"], "no such folder"),
+        (["inspect", "nothing"], "There is nothing"),
+        (["inspect", "tests"], "neither plan.json nor adapter_config.json"),
+        (["inspect", "config.yaml"], "is not JSON"),
+        (["frobnicate"], "No such command"),
+        (["train"], "Missing argument"),
+    ],
+)
+def test_bad_input_is_code_2_without_a_traceback(config, capsys, arguments, message):
+    _, err = run(capsys, *arguments, code=2)
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_merging_a_whole_model_or_into_a_full_folder(config, base, capsys, tmp_path):
+    _, err = run(capsys, "merge", base, "out", code=2)
+    assert "whole model already" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    _, err = run(capsys, "merge", base, "full", code=2)
+    assert "new or empty" in err
+
+
+def test_debug_shows_the_traceback(config):
+    for flag in ([], ["--debug"]):
+        done = subprocess.run(
+            [sys.executable, "-c", "from smtune.cli import main; main()", "inspect", "nothing", *flag],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert ("Traceback" in done.stderr) == bool(flag)
+
+
+def test_a_fault_of_ours_is_code_1(config, capsys, monkeypatch):
+    from smtune import report
+
+    def broken(plan, path):
+        raise RuntimeError("ink is out")
+
+    monkeypatch.setattr(report, "block_map", broken)
+    run(capsys, "select", config)
+    _, err = run(capsys, "inspect", "plan.json", code=1)
+    assert "a fault of smtune or of a library: RuntimeError: ink is out" in err
+    assert "--debug" in err
+    assert "Traceback" not in err
+
+
+def test_version(capsys):
+    out, _ = run(capsys, "version")
+    assert out.strip() == smtune.__version__
+
+
+def test_the_merged_model_is_the_base_but_for_the_blocks(config, base, capsys):
+    run(capsys, "train", config)
+    run(capsys, "merge", "run", "merged")
+    plan = smtune.Plan.load("run/plan.json")
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, "merged"))
+    for name, weight in before.named_parameters():
+        module = name.removesuffix(".weight")
+        changed = weight != after.get_parameter(name)
+        assert changed.any() == (module in plan.modules and len(plan.modules[module].rows) > 0)
+        assert changed.sum() <= (len(plan.index(module)) * 16**2 if module in plan.modules else 0)
