@@ -126,11 +126,11 @@ def test_a_stopped_run_is_resumed(config, capsys):
     ("arguments", "message"),
     [
         (["train", "confg.yaml"], 'There is no such file. Did you mean "config.yaml"'),
-        (["train", "config.yaml", "traning.max_steps=3"], 'Did you mean "training.max_steps"'),
+        (["train", "config.yaml", "traning.max_steps=3"], 'Did you mean "training"'),
         (["train", "config.yaml", "smt.budget=0", "method=smtt", "smt.criterion=nett"], "3 faults"),
         (["train", "config.yaml", "smt.block_size=48"], "48, which does not divide"),
         (["train", "config.yaml", "evaluation.tasks=[bolq]"], 'Did you mean "boolq"'),
-        (["train", "config.yaml", "evaluation.source=nowhere"], "AddSub"),
+        (["train", "config.yaml", "evaluation.source=nowhere"], 'Got "nowhere"'),
         (["train", "config.yaml", "data.train=rows.jsonl"], "rows.jsonl"),
         (["evaluate", "no/where/at/all", "--tasks", "arithmetic"], "no such folder"),
         (["evaluate", "x", "--tasks", "arithmetic", "--limit", "0"], "at least 1 item"),

@@ -1,345 +1,653 @@
+"""What goes in comes out as tokens with loss where it belongs, or as an error that says where it is wrong."""
+
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
+import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from smtune import InputError
 from smtune.data import (
     PACKAGED,
+    Collator,
     alpaca_prompt,
     arithmetic,
+    batches,
+    check_records,
     count_overlap,
-    load_examples,
-    make_collator,
+    encode,
+    packaged_tests,
     prepare,
     question_key,
     read_records,
-    scoring_batches,
+    read_rows,
+    to_example,
 )
 from smtune.data.arithmetic import TEMPLATES
+from smtune.data.sources import ASSETS, N_ARITHMETIC, TEST_TASKS
+from smtune.errors import InputError
+
+PERMISSIVE = {"gsm8k", "AQuA", "SVAMP", "winogrande", "social_i_qa", "openbookqa"}
 
 CHATML = (
-    "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} <|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EOS, BOS = "<|im_end|>", "<s>"
 
 
 @pytest.fixture
 def tokenizer():
-    """One token a word; the end of text pads, as in SmolLM2."""
-    words = (
-        "<eos> <unk> Question one two three four Answer yes no user assistant <|im_start|> <|im_end|> hi you".split()
-    )
-    backend = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """A token per character, so that borders can be read off; the end of sequence pads, as in SmolLM2."""
+    characters = [chr(code) for code in (10, *range(32, 127))]
+    vocabulary = {token: k for k, token in enumerate([EOS, BOS, "<|im_start|>", "<unk>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens([AddedToken(token, special=True) for token in (EOS, BOS, "<|im_start|>")])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", chat_template=CHATML
+        tokenizer_object=backend, eos_token=EOS, pad_token=EOS, bos_token=BOS, unk_token="<unk>", chat_template=CHATML
     )
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer):
+    """One that puts a begin-of-sequence token before every text, as Llama's does."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def write(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def words(tokenizer, ids):
-    return tokenizer.convert_ids_to_tokens(ids)
+def tokens(tokenizer, row):
+    return "".join(tokenizer.convert_ids_to_tokens(row["input_ids"]))
 
 
 def trained(tokenizer, row):
-    """The tokens with loss."""
+    """The tokens with loss; "·" for each without."""
     assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"]))
-    return words(tokenizer, [label for label in row["labels"] if label != -100])
+    return "".join("·" if label == -100 else tokenizer.convert_ids_to_tokens(label) for label in row["labels"])
 
 
-# Shapes -----------------------------------------------------------------------------------------------------------
+def pair(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
 
 
-def test_the_prompt_is_the_published_one():
-    assert alpaca_prompt("Add.") == (
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def error_of(call, *args, **kwargs):
+    with pytest.raises(InputError) as raised:
+        call(*args, **kwargs)
+    return str(raised.value)
+
+
+# The prompt -----------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_without_input():
+    assert alpaca_prompt("Add {x}.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd.\n\n### Response:\n"
+        "\n\n### Instruction:\nAdd {x}.\n\n### Response:\n"
     )
-    assert "### Input:\n1 2\n\n### Response:\n" in alpaca_prompt("Add.", "1 2")
-    assert alpaca_prompt("{x} %s").count("{x} %s") == 1
 
 
-def test_instruction_records(tmp_path, tokenizer):
-    path = write(tmp_path / "d.jsonl", [{"instruction": "one", "input": "two", "output": "Answer yes"}])
-    (example,) = load_examples(path)
-    assert example.segments[0].text == alpaca_prompt("one", "two")
-    dataset, report = prepare([example], tokenizer)
-    assert trained(tokenizer, dataset[0]) == ["Answer", "yes", "<eos>"]
+def test_prompt_with_input():
+    assert alpaca_prompt("Add.", "1 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+        "### Response:\n"
+    )
+
+
+# Shapes and masks, token by token -------------------------------------------------------------------------------------
+
+
+def test_instruction_records_train_on_the_output(tokenizer):
+    for extra, prompt in (({}, alpaca_prompt("Q")), ({"input": None}, alpaca_prompt("Q")),
+                          ({"input": "I"}, alpaca_prompt("Q", "I"))):  # fmt: skip
+        dataset, report = prepare([{"instruction": "Q", "output": "yes", "answer": "no", **extra}], tokenizer)
+        assert tokens(tokenizer, dataset[0]) == f"{prompt}yes{EOS}"
+        assert trained(tokenizer, dataset[0]) == "·" * len(prompt) + f"yes{EOS}"
+        assert dataset[0]["length"] == len(prompt) + 4 == report.tokens == report.longest
+        assert (report.n_examples, report.answer_tokens) == (1, 4)
+
+
+def test_prompt_and_completion_are_joined_as_they_stand(tokenizer):
+    dataset, _ = prepare([pair("ab ", " cd")], tokenizer)
+    assert tokens(tokenizer, dataset[0]) == f"ab  cd{EOS}"
+    assert trained(tokenizer, dataset[0]) == f"··· cd{EOS}"
+
+
+def test_a_token_never_straddles_prompt_and_answer(tokenizer):
+    whole = {"<eos>": 0, "<unk>": 1, "a": 2, "b": 3, "ab": 4}
+    backend = Tokenizer(models.BPE(whole, [("a", "b")], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert tokenizer("ab")["input_ids"] == [4]
+    dataset, _ = prepare([pair("a", "b")], tokenizer)
+    assert (dataset[0]["input_ids"], dataset[0]["labels"]) == ([2, 3, 0], [-100, 3, 0])
+
+
+def test_plain_text_and_train_on_all_give_loss_to_every_token(tokenizer):
+    assert trained(tokenizer, prepare([{"text": "abc"}], tokenizer)[0][0]) == f"abc{EOS}"
+    dataset, report = prepare([pair("ab", "cd")], tokenizer, train_on="all")
+    assert trained(tokenizer, dataset[0]) == f"abcd{EOS}"
     assert report.answer_tokens == 3
-    assert dataset[0]["length"] == len(dataset[0]["input_ids"]) == report.tokens
 
 
-def test_prompt_completion_and_text(tmp_path, tokenizer):
-    pairs = load_examples(write(tmp_path / "a.jsonl", [{"prompt": "Question one", "completion": "Answer yes"}]))
-    texts = load_examples(write(tmp_path / "b.jsonl", [{"text": "one two three"}]))
-    assert trained(tokenizer, prepare(pairs, tokenizer)[0][0]) == ["Answer", "yes", "<eos>"]
-    assert trained(tokenizer, prepare(pairs, tokenizer, train_on="all")[0][0]) == [
-        "Question",
-        "one",
-        "Answer",
-        "yes",
-        "<eos>",
-    ]
-    assert trained(tokenizer, prepare(texts, tokenizer)[0][0]) == ["one", "two", "three", "<eos>"]
+def test_bos_leads_only_where_the_tokenizer_adds_it(bos_tokenizer):
+    assert tokens(bos_tokenizer, prepare([pair("ab", "cd")], bos_tokenizer)[0][0]) == f"{BOS}abcd{EOS}"
+    conversation = prepare([chat(("user", "u"), ("assistant", "a"))], bos_tokenizer)[0][0]
+    assert BOS not in tokens(bos_tokenizer, conversation)
 
 
-def test_chats_have_loss_on_every_assistant_turn_and_its_end(tmp_path, tokenizer):
-    turns = [("user", "hi"), ("assistant", "hi you"), ("user", "one"), ("assistant", "two")]
-    path = write(tmp_path / "d.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
-    (row,) = prepare(load_examples(path, tokenizer=tokenizer), tokenizer)[0]
-    assert " ".join(words(tokenizer, row["input_ids"])) == (
-        "<|im_start|> user hi <|im_end|> <|im_start|> assistant hi you <|im_end|> "
-        "<|im_start|> user one <|im_end|> <|im_start|> assistant two <|im_end|>"
+def test_conversations_have_loss_on_every_assistant_turn_and_its_end(tokenizer):
+    turns = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3")]
+    row = prepare([chat(*turns)], tokenizer)[0][0]
+    spans = [(f"<|im_start|>{role}\n", f"{content}{EOS}\n", role == "assistant") for role, content in turns]
+    assert tokens(tokenizer, row) == "".join(head + body for head, body, _ in spans)
+
+    def length(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    expected = [head_or_body for head, body, loss in spans for head_or_body in ((head, False), (body, loss))]
+    assert trained(tokenizer, row) == "".join(text if loss else "·" * length(text) for text, loss in expected)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}" + CHATML
+    message = error_of(prepare, [chat(("user", "q"), ("assistant", "a"))], tokenizer)
+    assert "only appends when a turn is added" in message
+    assert "record 1" in message
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no such role') }}", "{{ messages[7].role.x }}"])
+def test_a_template_that_cannot_render(tokenizer, template):
+    tokenizer.chat_template = template
+    assert "the chat template can render at record 1. Got: " in error_of(
+        prepare, [chat(("user", "q"), ("assistant", "a"))], tokenizer
     )
-    assert trained(tokenizer, row) == ["hi", "you", "<|im_end|>", "two", "<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path, tokenizer):
-    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m.content }} {% endfor %}"
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
-    path = write(tmp_path / "d.jsonl", [{"messages": turns}])
-    with pytest.raises(InputError, match="rewrites earlier turns"):
-        load_examples(path, tokenizer=tokenizer)
+def test_conversations_need_a_chat_template(tokenizer):
+    tokenizer.chat_template = None
+    (record,) = check_records([("d.jsonl, line 1", chat(("user", "q"), ("assistant", "a")))])
+    for missing in (None, tokenizer):
+        assert "Expected a tokenizer with a chat template to render d.jsonl, line 1" in error_of(
+            to_example, record, missing
+        )
 
 
-def test_json_parquet_and_several_sources_read_alike(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [{"prompt": "one", "completion": "two"}, {"prompt": "three", "completion": "four"}]
-    lines = write(tmp_path / "d.jsonl", rows)
-    (tmp_path / "d.json").write_text(json.dumps(rows))
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    assert load_examples(lines) == load_examples(tmp_path / "d.json") == load_examples(str(tmp_path / "d.parquet"))
-    assert load_examples([lines, tmp_path / "d.json"]) == load_examples(lines) * 2
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    assert "end-of-sequence token" in error_of(prepare, [pair("a", "b")], tokenizer)
 
 
-def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"text": "one\u2028two\x85"}\n', encoding="utf-8")
-    assert load_examples(path)[0].segments[0].text == "one\u2028two\x85"
+# Too long -------------------------------------------------------------------------------------------------------------
+
+LONG = [pair("0123456789", "abc"), pair("0", "a"), pair("01", "abcdefghi")]  # 14, 3 and 12 tokens
 
 
-# Bad input --------------------------------------------------------------------------------------------------------
+def test_too_long_is_dropped_and_counted(tokenizer):
+    dataset, report = prepare(LONG, tokenizer, max_length=8)
+    assert [tokens(tokenizer, row) for row in dataset] == [f"0a{EOS}"]
+    assert (report.n_examples, report.n_dropped, report.n_prompt_truncated, report.longest) == (1, 2, 0, 14)
+    assert str(report) == "1 examples, 3 tokens (2 of answers); longest 14 of 8 allowed; 2 dropped as too long"
 
-GOOD = {"prompt": "one", "completion": "two"}
+
+def test_a_prompt_is_truncated_from_its_beginning_and_an_answer_never(tokenizer):
+    dataset, report = prepare(LONG, tokenizer, max_length=8, on_long="truncate_prompt")
+    assert [trained(tokenizer, row) for row in dataset] == [f"····abc{EOS}", f"·a{EOS}"]
+    assert tokens(tokenizer, dataset[0]) == f"6789abc{EOS}"
+    assert (report.n_examples, report.n_dropped, report.n_prompt_truncated) == (2, 1, 1)
+    assert (report.tokens, report.answer_tokens) == (11, 6)
+
+
+@pytest.mark.parametrize(("max_length", "kept"), [(14, "0123456789"), (13, "123456789"), (5, "9"), (4, None)])
+def test_truncation_leaves_a_token_of_the_prompt(tokenizer, max_length, kept):
+    dataset, report = prepare(LONG[:2], tokenizer, max_length=max_length, on_long="truncate_prompt")
+    first = tokens(tokenizer, dataset[0])
+    assert first == (f"0a{EOS}" if kept is None else f"{kept}abc{EOS}")
+    assert report.n_dropped == (kept is None)
+
+
+def test_truncation_keeps_bos(bos_tokenizer):
+    row = prepare(LONG[:1], bos_tokenizer, max_length=8, on_long="truncate_prompt")[0][0]
+    assert tokens(bos_tokenizer, row) == f"{BOS}789abc{EOS}"
+
+
+def test_too_long_can_be_an_error(tokenizer):
+    message = error_of(prepare, LONG, tokenizer, max_length=8, on_long="error")
+    assert "at most 8 tokens at record 1. Got 14" in message
+
+
+def test_nothing_left_is_an_error_that_says_how_long(tokenizer):
+    message = error_of(prepare, [LONG[0], LONG[2]], tokenizer, max_length=8)
+    assert "all 2 are longer, from 12 to 14. Raise max_length to 14" in message
+
+
+def test_long_texts_are_split_evenly_and_nothing_is_lost(tokenizer):
+    dataset, report = prepare([{"text": "0123456789"}, {"text": "ab"}], tokenizer, max_length=5)
+    assert "".join(tokens(tokenizer, row) for row in dataset) == f"0123456789{EOS}ab{EOS}"
+    assert dataset["length"][:] == [3, 4, 4, 3]
+    assert (report.n_examples, report.n_split, report.n_dropped, report.tokens) == (4, 1, 0, 14)
+    assert "1 texts split" in str(report)
+
+
+def test_a_truncation_saved_with_the_tokenizer_cuts_nothing(tokenizer):
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert tokens(tokenizer, prepare([pair("abcd", "efgh")], tokenizer)[0][0]) == f"abcdefgh{EOS}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_on": "anwser"}, 'train_on among answer, all. Got "anwser". Did you mean "answer"?'),
+        ({"on_long": "truncate"}, 'on_long among drop, truncate_prompt, error. Got "truncate".'),
+        ({"max_length": 1}, "max_length of at least 2 tokens. Got 1"),
+        ({"limit": 0}, "limit of at least 1 record. Got 0"),
+        ({"format": "message"}, 'Got "message". Did you mean "messages"?'),
+    ],
+)
+def test_wrong_options(tokenizer, options, message):
+    assert message in error_of(prepare, LONG, tokenizer, **options)
+
+
+def test_encode_needs_an_example(tokenizer):
+    assert "at least one example" in error_of(encode, [], tokenizer, max_length=8)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def test_padding_has_no_loss_though_the_end_token_pads(tokenizer):
+    dataset, _ = prepare(LONG, tokenizer)
+    batch = Collator(tokenizer.eos_token_id)(list(dataset))
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert all(tensor.shape == (3, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
+    for k, length in enumerate((14, 3, 12)):
+        assert batch["attention_mask"][k].tolist() == [1] * length + [0] * (16 - length)
+        assert (batch["input_ids"][k, length:] == tokenizer.eos_token_id).all()
+        assert batch["labels"][k, length - 1] == tokenizer.eos_token_id  # the true end keeps its loss
+        assert (batch["labels"][k, length:] == -100).all()
+    assert Collator(0, multiple_of=1)(list(dataset))["labels"].shape == (3, 14)
+
+
+def test_batches_are_seeded_and_never_repeat_a_row(tokenizer):
+    dataset, _ = prepare([pair("p", letter) for letter in "abcdefg"], tokenizer)
+    collator = Collator(0)
+
+    def drawn(**options):
+        return [batch["input_ids"][:, 1].tolist() for batch in batches(dataset, collator, 2, **options)]
+
+    assert [len(batch) for batch in drawn(seed=1, n=10)] == [2, 2, 2, 1]
+    assert len({row for batch in drawn(seed=1) for row in batch}) == 7
+    assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
+    assert drawn(seed=1, n=2) == drawn(seed=1)[:2]
+    assert "batch size of at least 1" in error_of(list, batches(dataset, collator, 0))
+
+
+def test_the_loss_of_a_batch_is_that_of_its_answers(tokenizer, tiny_llama):
+    dataset, _ = prepare([pair("ab", "cd"), pair("abcdef", "g")], tokenizer)
+    (batch,) = batches(dataset, Collator(tokenizer.eos_token_id), 2)
+    with torch.no_grad():
+        output = tiny_llama(**batch)
+        total, count = 0.0, 0
+        for row in dataset:
+            ids = torch.tensor(row["input_ids"])[None]
+            scores = tiny_llama(ids).logits[0].log_softmax(-1)
+            for position in range(1, ids.shape[1]):
+                if row["labels"][position] != -100:
+                    total -= scores[position - 1, ids[0, position]].item()
+                    count += 1
+    assert output.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_trainer_groups_the_dataset_by_length(tokenizer, tiny_llama, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    dataset, _ = prepare([pair("p", "a" * n) for n in range(1, 41)] * 12, tokenizer)
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=6,
+            train_sampling_strategy=strategy,
+            length_column_name="length",
+            use_cpu=True,
+            report_to="none",
+        )
+        trainer = Trainer(tiny_llama, arguments, train_dataset=dataset, data_collator=Collator(0, multiple_of=1))
+        padding[strategy] = sum((batch["attention_mask"] == 0).sum().item() for batch in trainer.get_train_dataloader())
+    assert padding["group_by_length"] < padding["random"] / 2
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+def test_json_lines_arrays_and_parquet_read_alike(tmp_path):
+    rows = [
+        {"instruction": "a", "input": None, "output": "b"},
+        {"instruction": "c", "input": "d", "output": "é\u2028x"},
+    ]
+    folder = tmp_path / "a [b] *"
+    folder.mkdir()
+    lines = write(folder / "d.jsonl", rows)
+    write(folder / "lines.json", rows)
+    (folder / "bom.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8-sig")
+    (folder / "array.json").write_text(json.dumps(rows, indent=2))
+    (folder / "array.JSONL").write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_parquet(folder / "d.parquet")
+    expected = [to_example(record).segments for record in read_records(lines)]
+    for name in ("lines.json", "bom.jsonl", "array.json", "array.JSONL", "d.parquet"):
+        records = read_records(folder / name)
+        assert [to_example(record).segments for record in records] == expected, name
+        assert str(folder / name) in records[1].where
+        assert ("line 2" if "lines" in name or "bom" in name else "record 2") in records[1].where
+
+
+def test_a_mix_may_hold_several_shapes(tmp_path, tokenizer):
+    pairs = write(tmp_path / "a.jsonl", [pair("p", "c")])
+    texts = write(tmp_path / "b.jsonl", [{"text": "t"}])
+    records = read_records([pairs, str(texts), "mini/math"])
+    assert [record.shape for record in records[:3]] == ["prompt_completion", "text", "instruction"]
+    assert len(records) == 1102
+
+
+def test_rows_and_a_loaded_dataset_are_sources_too():
+    rows = [pair("p", "c"), pair("q", "d")]
+    assert read_records(datasets.Dataset.from_list(rows)) == read_records(rows)
+    assert read_records(rows)[1].where == "record 2"
+    assert "Got a list with a int in it" in error_of(read_records, [1])
+    assert "Got an empty list" in error_of(read_records, [])
+
+
+def test_a_limit_draws_by_seed_and_keeps_the_order():
+    rows = [{"text": str(k)} for k in range(100)]
+
+    def drawn(**options):
+        return [int(record.fields["text"]) for record in read_records(rows, **options)]
+
+    assert len(drawn(limit=7)) == 7
+    assert drawn(limit=7) == sorted(drawn(limit=7)) == drawn(limit=7, seed=0) != drawn(limit=7, seed=1)
+    assert drawn(limit=1000) == list(range(100))
+    # The limit spares no row from the check.
+    assert "line 100" in error_of(check_records, [(f"line {k}", {"text": "x" * (k != 100)}) for k in range(1, 101)])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:main", ("owner/name", "main", "train")),
+        ("hub:owner/name:main:train[:10%]", ("owner/name", "main", "train[:10%]")),
+        ("hub:short::test", ("short", None, "test")),
+    ],
+)
+def test_hub_names(monkeypatch, name, arguments):
+    calls = []
+
+    def load(repository, config, split):
+        calls.append((repository, config, split))
+        return datasets.Dataset.from_list([{"text": "t"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (record,) = read_records(name)
+    assert calls == [arguments]
+    assert record.where == f"{name.removeprefix('hub:')}, record 1"
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def load(*args, **kwargs):
+        raise ConnectionError("no network.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    message = error_of(read_records, "owner/name")
+    assert 'Expected a data set "owner/name" on the hub' in message
+    assert "Got: no network. If it is private, log in" in message
+    assert "there is none at that path" in message
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+GOOD = json.dumps(pair("p", "c"))
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([json.dumps(GOOD), "{oops"], "d.jsonl, line 2: expected one JSON object. Got Expecting property name"),
-        ([json.dumps(GOOD), "", "[1]"], "d.jsonl, line 3: expected a JSON object. Got list"),
-        ([json.dumps({"promt": "one", "completion": "x"})], 'line 1: expected the fields instruction.*"prompt"'),
-        ([json.dumps(GOOD), json.dumps({"text": "x"})], "1 of 2 rows.*line 2: expected prompt .*Got text, without"),
-        ([json.dumps(GOOD | {"completion": 3})], 'line 1: expected "completion" to be a string. Got int'),
-        ([json.dumps(GOOD | {"completion": " "})], 'line 1: expected "completion" to have text'),
-        ([json.dumps({"instruction": "a", "output": None})], 'expected "output" to be a string. Got NoneType'),
-        ([""], "Got an empty source"),
-        ([json.dumps({"messages": "hi"})], "with a chat template"),
+        ([GOOD, "{oops"], "line 2: Expected one JSON object on a line. Got Expecting property name"),
+        ([GOOD, "", '{"prompt": "p"'], "line 3: Expected one JSON object on a line. Got "),
+        ([GOOD, '"text"'], "line 2: Expected an object with named fields. Got a string."),
+        ([GOOD, "3"], "line 2: Expected an object with named fields. Got the number 3."),
+        (['{"promt": "p", "completion": "c"}'], 'line 1: Expected the fields of one shape: "messages" (messages); '
+         '"instruction" and "output" (instruction); "prompt" and "completion" (prompt_completion); "text" (text). '
+         'Got the fields promt, completion. Did you mean "prompt"?'),
+        (["{}"], "Got no fields."),
+        (['{"instruction": "i", "output": null}'], "Got the fields instruction."),
+        (['{"prompt": "p", "completion": "c", "messages": []}'], "Got those of messages and prompt_completion: say "
+         'which by "format".'),
+        ([GOOD, '{"text": "t"}'], 'line 2: Expected "prompt" and "completion" (shape prompt_completion). Got a record '
+         "of the shape text. All records of a source have one shape: split the file"),
+        ([GOOD, '{"prompt": "p", "answer": "a"}'], 'line 2: Expected "prompt" and "completion" (shape '
+         "prompt_completion). Got the fields prompt, answer."),
+        (['{"prompt": "p", "completion": 3}'], 'line 1: Expected "completion" to be a string. Got the number 3.'),
+        (['{"prompt": ["p"], "completion": "c"}'], 'Expected "prompt" to be a string. Got a list.'),
+        (['{"instruction": "i", "input": {}, "output": "o"}'], 'Expected "input" to be a string. Got an object.'),
+        (['{"text": true}'], 'Expected "text" to be a string. Got a truth value.'),
+        (['{"prompt": "p", "completion": " \\n"}'], 'Expected "completion" to hold text. Got an empty string.'),
+        (['{"instruction": "i", "output": ""}'], 'Expected "output" to hold text. Got an empty string.'),
+        (['{"instruction": "", "output": "o"}'], 'Expected "instruction" to hold text. Got an empty string.'),
+        (['{"text": "a\\ud800"}'], "Expected \"text\" to be Unicode text. Got the lone surrogate '\\ud800'."),
+        (['{"messages": "hi"}'], 'Expected "messages" to be a list. Got a string.'),
+        (['{"messages": ["hi"]}'], 'Expected message 1 to be an object with "role" and "content". Got a string.'),
+        (['{"messages": [{"content": "x"}]}'], 'In message 1: Expected "role" to be a string. Got null.'),
+        ([json.dumps(chat(("user", "q")))], 'Expected a message with the role "assistant" to train on. Got user.'),
+        (['{"messages": []}'], 'the role "assistant" to train on. Got no messages.'),
+        ([json.dumps(chat(("user", "q"), ("assistant", "")))], "Expected message 2, an assistant's, to hold text."),
     ],
-)
-def test_a_faulty_file_names_path_line_and_what_was_expected(tmp_path, lines, message):
+)  # fmt: skip
+def test_a_bad_record(tmp_path, lines, message):
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(InputError, match=re.compile(message, re.DOTALL)) as error:
-        load_examples(path)
-    assert str(path) in str(error.value)
+    found = error_of(read_records, path)
+    assert message in found
+    assert f"{path}, line " in found
+    assert "Found 1 fault of " in found
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "[]"])
+def test_an_empty_file(tmp_path, content):
+    path = tmp_path / "d.json"
+    path.write_text(content)
+    assert f"at least one record in {path}. Got an empty file" in error_of(read_records, path)
+
+
+def test_many_faults_are_counted_and_the_first_few_shown(tmp_path):
+    path = write(tmp_path / "d.jsonl", [pair("p", "c"), *[pair("p", "")] * 9])
+    lines = error_of(read_records, path).splitlines()
+    assert lines[0] == "Found 9 faults of 10 records:"
+    assert [re.search(r"line (\d+)", line)[1] for line in lines[1:6]] == ["2", "3", "4", "5", "6"]
+    assert lines[6:] == ["  ... and 4 more.", "Correct or remove them and start again."]
+
+
+def test_a_format_that_is_named_is_held_to(tmp_path):
+    both = [{"prompt": "p", "completion": "c", **chat(("user", "q"), ("assistant", "a"))}]
+    assert read_records(both, format="messages")[0].shape == "messages"
+    assert 'Expected "text" (shape text). Got a record of the shape' in error_of(read_records, both, format="text")
+
+
+def test_the_text_column_of_alpaca_does_not_confuse():
+    (record,) = read_records([{"instruction": "i", "input": "", "output": "o", "text": "all of it"}])
+    assert record.shape == "instruction"
+
+
+def test_a_bad_array(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text('[\n{"text": "a"},\n{"text": }\n]')
+    assert f"Expected a JSON array of records at {path}, line 3. Got Expecting value" in error_of(read_records, path)
+    path.write_text('[{"text": "a"}, {"text": 1}]')
+    assert f"{path}, record 2: Expected" in error_of(read_records, path)
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    assert f"Expected UTF-8 text at {path}, line 2. Got the byte 0xe9" in error_of(read_records, path)
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": "t"}])
+    assert 'Got nothing there. Did you mean "train.jsonl"?' in error_of(read_records, tmp_path / "trian.jsonl")
+    assert "Expected a file at nowhere/d.json. Got nothing there." in error_of(read_records, "nowhere/d.json")
+    assert f"Got the folder {tmp_path}" in error_of(read_records, tmp_path)
+    (tmp_path / "d.csv").write_text("a,b")
+    message = error_of(read_records, tmp_path / "d.csv")
+    assert 'Expected .json, .jsonl, .parquet. Got the extension ".csv"' in message
+    (tmp_path / "d.parquet").write_text("junk")
+    assert f"Expected a Parquet file at {tmp_path / 'd.parquet'}" in error_of(read_records, tmp_path / "d.parquet")
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ("hi", "a list of turns. Got str"),
-        ([{"content": "x"}], 'turn 1: expected an object with "role"'),
-        ([{"role": "user", "content": 1}], 'turn 1: expected "content" to be a string'),
-        ([{"role": "user", "content": "x"}], "an assistant turn with text"),
-    ],
+    ("name", "meant"), [("arithmetc", "arithmetic"), ("mini/mth", "mini/math"), ("commonsense", "mini/commonsense")]
 )
-def test_a_faulty_chat(tmp_path, tokenizer, messages, message):
-    with pytest.raises(InputError, match=message):
-        load_examples(write(tmp_path / "d.jsonl", [{"messages": messages}]), tokenizer=tokenizer)
+def test_names_that_are_almost_right(name, meant):
+    message = error_of(read_records, name)
+    assert f'a hub name ("owner/name"). Got "{name}". Did you mean "{meant}"?' in message
 
 
-def test_many_faults_are_counted_and_the_first_shown(tmp_path):
-    path = write(tmp_path / "d.jsonl", [GOOD, *[{"prompt": "x", "completion": ""}] * 9])
-    with pytest.raises(InputError) as error:
-        load_examples(path)
-    assert "9 of 10 rows" in str(error.value)
-    assert "line 2" in str(error.value)
-    assert "line 6" in str(error.value)
-    assert "line 7" not in str(error.value)
-    assert "… and 4 more" in str(error.value)
+# Overlap --------------------------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_not_what_they_are_called(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
-    with pytest.raises(InputError, match="line 2: expected UTF-8"):
-        load_examples(tmp_path / "d.jsonl")
-    (tmp_path / "d.parquet").write_text("no")
-    with pytest.raises(InputError, match="expected a Parquet file"):
-        load_examples(tmp_path / "d.parquet")
-    (tmp_path / "d.csv").write_text("a,b")
-    with pytest.raises(InputError, match="ending in .jsonl, .json, .parquet"):
-        load_examples(tmp_path / "d.csv")
-    (tmp_path / "d.json").write_text('{"text": "x"}')
-    with pytest.raises(InputError, match="array of records. Got dict"):
-        load_examples(tmp_path / "d.json")
-    write(tmp_path / "e.json", [GOOD, GOOD])
-    with pytest.raises(InputError, match="name the file .jsonl"):
-        load_examples(tmp_path / "e.json")
-    with pytest.raises(InputError, match="is a folder"):
-        load_examples(tmp_path)
+def test_questions_are_compared_without_layout():
+    assert question_key("How many, in ALL:\n 12?") == question_key("how many in all 12") == "howmanyinall12"
+    assert question_key("Œuvre №1") == "œuvre1"
 
 
-def test_missing_sources_suggest_what_there_is(tmp_path):
-    write(tmp_path / "train.jsonl", [GOOD])
-    with pytest.raises(InputError, match='no such file. Did you mean "train.jsonl"'):
-        load_examples(tmp_path / "trian.jsonl")
-    with pytest.raises(InputError, match='Did you mean "arithmetic"'):
-        load_examples("arithmetik")
+def test_overlap_counts_test_records():
+    train = [{"instruction": "A b?", "output": "x"}, pair("C", "y"), chat(("user", "D"), ("assistant", "z")), {"id": 1}]
+    test = [{"instruction": "a  B"}, {"instruction": "a  B!"}, {"text": "c"}, pair("d", ""), {"instruction": "e"}, {}]
+    assert count_overlap(train, test) == 4
+    assert count_overlap([{"instruction": "a", "input": "b"}], [{"instruction": "a"}]) == 0
 
 
-def test_an_unknown_format_or_option(tmp_path, tokenizer):
-    path = write(tmp_path / "d.jsonl", [GOOD])
-    with pytest.raises(InputError, match='Did you mean "messages"'):
-        load_examples(path, format="message")
-    with pytest.raises(InputError, match='Did you mean "answer"'):
-        prepare(load_examples(path), tokenizer, train_on="anwser")
+# What the package carries ---------------------------------------------------------------------------------------------
 
 
-def test_the_hub_is_asked_for_names_and_its_refusal_is_told(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match="owner/name:main.*no such file, and the hub.*offline"):
-        load_examples("owner/name:main", split="test")
-    assert asked == [(("owner/name", "main"), {"split": "test"})]
+def test_packaged_training_data_is_sound_and_permissive():
+    tasks = {
+        "mini/math": {"gsm8k": 800, "AQuA": 300},
+        "mini/commonsense": {"winogrande": 300, "social_i_qa": 300, "openbookqa": 300},
+        "arithmetic": {"arithmetic": N_ARITHMETIC},
+    }
+    for name, expected in tasks.items():
+        found = [record.fields["task"] for record in read_records(name)]
+        assert {task: found.count(task) for task in set(found)} == expected
 
 
-# Lengths ----------------------------------------------------------------------------------------------------------
+def test_packaged_tests():
+    rows = read_rows("mini/test")
+    assert {row["task"] for row in rows} == PERMISSIVE == set(TEST_TASKS)
+    assert len(rows) == 300
+    assert all(row["answer"] for row in rows)
+    for task in (*TEST_TASKS, "arithmetic"):
+        assert {row["task"] for row in read_rows(packaged_tests() / f"{task}.jsonl")} == {task}
+    assert read_rows("arithmetic/test") == arithmetic(200, split="test")
+    # Their mathematical records hold no output on purpose, so they cannot be trained on by mistake.
+    assert 'Expected "output" to hold text' in error_of(read_records, "mini/test")
 
 
-def long_and_short(tmp_path):
-    rows = [{"prompt": "one two three four", "completion": "Answer yes"}, {"prompt": "one", "completion": "no"}]
-    return load_examples(write(tmp_path / "d.jsonl", rows))
+def test_no_packaged_test_question_is_in_packaged_training_data():
+    train = read_rows(["mini/math", "mini/commonsense", "arithmetic"])
+    test = read_rows(["mini/test", "arithmetic/test"])
+    assert count_overlap(train, test) == 0
+    assert count_overlap(test, test) == len(test)
 
 
-def test_long_examples_are_dropped_and_counted(tmp_path, tokenizer):
-    dataset, report = prepare(long_and_short(tmp_path), tokenizer, max_length=5)
-    assert len(dataset) == 1
-    assert (report.n_examples, report.n_kept, report.n_dropped, report.longest) == (2, 1, 1, 7)
-    assert "1 dropped: longer than 5 tokens (longest 7)" in str(report)
+def test_the_readme_of_the_packaged_data_is_true():
+    readme = (ASSETS / "README.md").read_text(encoding="utf-8")
+    files = {path.relative_to(ASSETS).as_posix(): path.read_bytes() for path in ASSETS.rglob("*.jsonl")}
+    rows = re.findall(r"^\| `(\S+\.jsonl)` \| `(\S+)` \|.* (\d+) \| `([0-9a-f]{64})` \|$", readme, re.MULTILINE)
+    assert {file: (int(size), digest) for file, _, size, digest in rows} == {
+        file: (len(data), hashlib.sha256(data).hexdigest()) for file, data in files.items()
+    }
+    assert {name for _, name, _, _ in rows} < set(PACKAGED)
 
 
-def test_prompts_are_cut_from_the_left_and_answers_never(tmp_path, tokenizer):
-    dataset, report = prepare(long_and_short(tmp_path), tokenizer, max_length=5, on_long="truncate_prompt")
-    assert words(tokenizer, dataset[0]["input_ids"]) == ["three", "four", "Answer", "yes", "<eos>"]
-    assert trained(tokenizer, dataset[0]) == ["Answer", "yes", "<eos>"]
-    assert (report.n_prompts_cut, report.n_dropped) == (1, 0)
-    _, report = prepare(long_and_short(tmp_path), tokenizer, max_length=2, on_long="truncate_prompt")
-    assert report.n_dropped == 1  # its answer alone is 3 tokens
+# Arithmetic -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_beginning_token_survives_the_cut(tmp_path, tokenizer):
-    from tokenizers import processors
-
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<unk> $A", special_tokens=[("<unk>", 1)]
-    )
-    dataset, _ = prepare(long_and_short(tmp_path), tokenizer, max_length=5, on_long="truncate_prompt")
-    assert words(tokenizer, dataset[0]["input_ids"]) == ["<unk>", "four", "Answer", "yes", "<eos>"]
-
-
-def test_long_examples_can_be_an_error(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="at most 5 tokens. Got 7 in example 1"):
-        prepare(long_and_short(tmp_path), tokenizer, max_length=5, on_long="error")
-
-
-def test_nothing_left_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="raise max_length to 7"):
-        prepare(long_and_short(tmp_path), tokenizer, max_length=1)
+def test_arithmetic_answers_follow_from_the_question():
+    for record in arithmetic(1000, seed=4):
+        *lines, last = record["output"].split("\n")
+        values = set(re.findall(r"\d+", record["instruction"]))
+        for line in lines:
+            left, symbol, right, result = re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", line).groups()
+            assert (
+                {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[symbol]
+                == int(result)
+                > 0
+            )
+            assert {left, right} <= values  # nothing is computed from numbers that are not given or found
+            values.add(result)
+        assert last == f"The answer is {result}."
+        assert record["answer"] == result
+        assert "{" not in record["instruction"]
 
 
-def test_long_texts_are_split_without_loss(tmp_path, tokenizer):
-    examples = load_examples(write(tmp_path / "d.jsonl", [{"text": "one two three four one two"}]))
-    dataset, report = prepare(examples, tokenizer, max_length=3)
-    joined = [word for row in dataset for word in words(tokenizer, row["input_ids"])]
-    assert joined == ["one", "two", "three", "four", "one", "two", "<eos>"]
-    assert (report.n_kept, report.n_dropped, report.tokens) == (3, 0, 7)
+def test_arithmetic_has_many_templates_of_several_kinds():
+    assert len({question for _, question in TEMPLATES}) == len(TEMPLATES) >= 25
+    assert len({re.sub(r"\w", "", sums) for sums, _ in TEMPLATES}) >= 8
+    for sums, question in TEMPLATES:
+        assert set(re.findall(r"[abc]", sums)) == set(re.findall(r"{([abc])}", question))
 
 
-# Batches ----------------------------------------------------------------------------------------------------------
+def test_arithmetic_problems_differ_and_are_drawn_by_seed():
+    assert len({question_key(record["instruction"]) for record in arithmetic(2000)}) == 2000
+    assert arithmetic(20, seed=1) == arithmetic(20, seed=1) == arithmetic(40, seed=1)[:20] != arithmetic(20, seed=2)
+    assert {record["task"] for record in arithmetic(5)} == {"arithmetic"}
 
 
-def test_padding_is_masked_by_position_though_the_end_token_pads(tmp_path, tokenizer):
-    dataset, _ = prepare(long_and_short(tmp_path), tokenizer)
-    batch = make_collator(tokenizer)([{k: row[k] for k in ("input_ids", "labels")} for row in dataset])
-    assert batch["input_ids"].shape == (2, 8)
-    assert batch["attention_mask"].sum(1).tolist() == [7, 3]
-    assert batch["labels"][1].tolist()[:3] == [-100, tokenizer.convert_tokens_to_ids("no"), tokenizer.eos_token_id]
-    assert (batch["labels"][1, 3:] == -100).all()
+def test_arithmetic_splits_share_no_question():
+    train = [record for seed in range(2) for record in arithmetic(1000, seed)]
+    test = [record for seed in range(2) for record in arithmetic(300, seed, "test")]
+    assert count_overlap(train, test) == 0
 
 
-def test_scoring_batches_are_whole_distinct_and_seeded(tokenizer, tmp_path):
-    rows = [{"prompt": "one", "completion": word} for word in ["one", "two", "three", "four", "yes", "no", "hi"]]
-    dataset, _ = prepare(load_examples(write(tmp_path / "d.jsonl", rows)), tokenizer)
-    batches = list(scoring_batches(dataset, tokenizer, batch_size=2, n_batches=10, seed=3))
-    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 2]
-    seen = torch.cat([batch["input_ids"][:, 1] for batch in batches]).tolist()
-    assert len(set(seen)) == 6
-    again = list(scoring_batches(dataset, tokenizer, batch_size=2, n_batches=10, seed=3))
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again))
-    assert set(batches[0]) == {"input_ids", "attention_mask", "labels"}
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((0,), "Got 0."), ((10**6,), "Got 1,000,000."), ((1, 0, "valid"), 'Got "valid"')]
+)
+def test_arithmetic_refuses(arguments, message):
+    assert message in error_of(arithmetic, *arguments)
 
 
-# What the package carries -----------------------------------------------------------------------------------------
+# The real tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def test_packaged_data_is_what_the_notice_says():
-    sets = {name: {record["task"] for record in read_records(name)} for name in PACKAGED}
-    assert sets["mini/math"] == {"gsm8k", "AQuA"}
-    assert sets["mini/commonsense"] == {"winogrande", "social_i_qa", "openbookqa"}
-    assert sets["mini/test"] == {"gsm8k", "AQuA", "SVAMP", "winogrande", "social_i_qa", "openbookqa"}
-    assert len(load_examples("mini/math")) == 1100
-    assert len(load_examples("mini/commonsense")) == 900
-    test = read_records("mini/test")
-    assert count_overlap(test, [*read_records("mini/math"), *read_records("mini/commonsense")]) == 0
+def test_smollm2(smollm2_tokenizer):
+    tokenizer = smollm2_tokenizer
+    dataset, report = prepare("arithmetic", tokenizer, limit=200)
+    for row, record in zip(dataset, read_records("arithmetic", limit=200)):
+        answer = [label for label in row["labels"] if label != -100]
+        assert tokenizer.decode(answer) == record.fields["output"] + tokenizer.eos_token
+        prompt = tokenizer.decode(row["input_ids"][: -len(answer)])
+        assert prompt == alpaca_prompt(record.fields["instruction"])
+        # Training sees the prompt's tokens exactly as generation does.
+        assert tokenizer(prompt)["input_ids"] == row["input_ids"][: -len(answer)]
+    assert report.n_dropped == 0
+    assert max(sum(label != -100 for label in row["labels"]) for row in dataset) <= 48
 
-
-def test_arithmetic_is_right_distinct_and_split():
-    train, test = arithmetic(2000, "train"), arithmetic(500, "test", seed=9)
-    assert len({record["instruction"] for record in train}) == 2000
-    assert count_overlap(test, train) == 0
-    assert sum(map(len, TEMPLATES.values())) >= 25
-    for record in train:
-        steps = re.findall(r"(\d+) ([-+*]) (\d+) = (-?\d+)\.", record["output"])
-        for left, sign, right, result in steps:
-            assert eval(f"{left} {sign} {right}") == int(result)
-        assert record["output"].endswith(f"{steps[-1][3]}. The answer is {record['answer']}.")
-        assert int(record["answer"]) >= 0
-        numbers = set(re.findall(r"\d+", record["instruction"]))
-        assert steps[0][0] in numbers
-        assert all(right in numbers for _, _, right, _ in steps)
-    assert arithmetic(5, seed=1) == arithmetic(5, seed=1) != arithmetic(5, seed=2)
-
-
-def test_question_keys_ignore_spacing_and_case():
-    assert question_key("How many, in ALL?") == question_key("how many in all")
-    assert count_overlap([{"instruction": "A b?"}], [{"instruction": "a  B"}]) == 1
+    turns = chat(("user", "2 + 2?"), ("assistant", "4"), ("user", "And 3?"), ("assistant", "5"))
+    row = prepare([turns], tokenizer)[0][0]
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(turns["messages"], tokenize=False)
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "4<|im_end|>\n5<|im_end|>\n"

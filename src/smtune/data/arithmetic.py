@@ -21,8 +21,12 @@ Split = Literal["train", "test"]
 TEST_SHARE = 5
 """One question in so many is a test question."""
 
-MAX_PROBLEMS = 100_000
-"""More than that would exhaust the questions of the narrowest templates."""
+MAX_PROBLEMS = 20_000
+"""With more, the narrowest templates run out of questions and the mix shifts to the others."""
+
+MAX_NUMBER, MAX_FACTOR = 20, 9
+"""Large enough that a small model errs, small enough that it can learn: with a few examples before it, the untuned
+SmolLM2-135M gets 65 % of such bare additions, 18 % of the subtractions and 95 % of the products (40 of each)."""
 
 NAMES = (
     "Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kofi", "Lena",
@@ -110,7 +114,7 @@ def _problem(draw: random.Random) -> dict[str, str]:
     p, q = draw.sample(NAMES, 2)
     things = draw.choice(THINGS)
     while True:
-        numbers = {name: draw.randint(2, 60) for name in "abc"}
+        numbers = {name: draw.randint(2, MAX_NUMBER) for name in "abc"}
         steps = _steps(sums, numbers)
         if steps is not None:
             break
@@ -128,7 +132,7 @@ def _problem(draw: random.Random) -> dict[str, str]:
 def _steps(sums: str, numbers: dict[str, int]) -> list[tuple[int, str, int, int]] | None:
     """The sums as (left, symbol, right, result), or None if they are harder than intended.
 
-    Results must be positive, and factors at most 12: the tables a reader knows by heart.
+    Results must be positive, and factors at most `MAX_FACTOR`.
     """
     first, *rest = sums.split()
     value = numbers[first]
@@ -136,7 +140,7 @@ def _steps(sums: str, numbers: dict[str, int]) -> list[tuple[int, str, int, int]
     for symbol, name in zip(rest[::2], rest[1::2]):
         right = numbers[name]
         result = OPERATIONS[symbol](value, right)
-        if result < 1 or (symbol == "*" and max(value, right) > 12):
+        if result < 1 or (symbol == "*" and max(value, right) > MAX_FACTOR):
             return None
         steps.append((value, symbol, right, result))
         value = result

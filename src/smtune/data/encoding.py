@@ -13,9 +13,11 @@ label must stay. Imports torch, datasets and `smtune.errors` and, of this packag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from datasets import Dataset, Features, List, Value
@@ -43,8 +45,9 @@ class EncodingReport:
 
     Args:
         n_examples: those kept.
-        n_dropped: those left out because they are longer than `max_length`.
+        n_dropped: examples left out because they are longer than `max_length`.
         n_prompt_truncated: those kept whose prompt lost its beginning. No answer is ever cut.
+        n_split: plain texts cut into pieces; each piece counts as an example.
         longest: tokens of the longest example, before anything was dropped or truncated.
         tokens: of all examples kept.
         answer_tokens: of their answers, with the token that ends each.
@@ -54,6 +57,7 @@ class EncodingReport:
     n_examples: int
     n_dropped: int
     n_prompt_truncated: int
+    n_split: int
     longest: int
     tokens: int
     answer_tokens: int
@@ -66,6 +70,8 @@ class EncodingReport:
             parts += [f"{self.n_dropped:,} dropped as too long"]
         if self.n_prompt_truncated:
             parts += [f"{self.n_prompt_truncated:,} with a truncated prompt"]
+        if self.n_split:
+            parts += [f"{self.n_split:,} texts split"]
         return "; ".join(parts)
 
 
@@ -108,7 +114,8 @@ def encode(
         max_length: the most tokens of an example, special tokens included.
         train_on: "answer" gives loss to answers alone, "all" to every token.
         on_long: an example beyond `max_length` is left out ("drop"), loses the beginning of its prompt where at
-            least one token of that stays and is dropped otherwise ("truncate_prompt"), or is an "error".
+            least one token of that stays and is dropped otherwise ("truncate_prompt"), or is an "error". A plain
+            text, which has no answer to keep whole, is split into even pieces instead, of which none is lost.
     Returns:
         A dataset with the int32 columns `input_ids` (L), `labels` (L; -100 without loss) and `length` (the L that
         the Trainer's `train_sampling_strategy="group_by_length"` groups by), in the order of the examples; and what
@@ -120,58 +127,48 @@ def encode(
     _check_options(max_length, train_on, on_long)
     if not examples:
         raise InputError("Expected at least one example. Got none.")
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError("Expected a tokenizer with an end-of-sequence token. Got none: set its eos_token.")
-    bos = _leading_bos(tokenizer)
-    tokens = iter(_tokenise(tokenizer, [segment.text for example in examples for segment in example.segments]))
-
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    rows: list[tuple[list[int], list[bool]]] = []
     lengths: list[int] = []
-    n_truncated = n_answer_tokens = 0
-    for example in examples:
-        ids, is_answer = ([], []) if example.templated else (list(bos), [False] * len(bos))
-        for segment in example.segments:
-            piece = next(tokens)
-            ids += piece
-            is_answer += [segment.is_answer] * len(piece)
-        if not example.templated:
-            ids.append(eos)
-            is_answer.append(True)
+    n_dropped = n_truncated = n_split = 0
+    for example, (ids, is_answer, n_bos) in zip(examples, _tokenise(examples, tokenizer)):
         lengths.append(len(ids))
         excess = len(ids) - max_length
-        if excess > 0:
-            if on_long == "error":
-                raise InputError(
-                    f"Expected at most {max_length} tokens at {example.where}. Got {len(ids)}: raise max_length, or "
-                    'set on_long to "drop" or "truncate_prompt".'
-                )
-            start = len(bos) if ids[: len(bos)] == bos else 0
-            if on_long == "drop" or start + excess >= is_answer.index(True):
-                continue
-            del ids[start : start + excess], is_answer[start : start + excess]
+        if excess <= 0:
+            rows.append((ids, is_answer))
+        elif on_long == "error":
+            raise InputError(
+                f"Expected at most {max_length} tokens at {example.where}. Got {len(ids)}: raise max_length, or "
+                'set on_long to "drop" or "truncate_prompt".'
+            )
+        elif all(segment.is_answer for segment in example.segments):
+            n_pieces = math.ceil(len(ids) / max_length)
+            cuts = [len(ids) * k // n_pieces for k in range(n_pieces + 1)]
+            rows += [(ids[left:right], is_answer[left:right]) for left, right in pairwise(cuts)]
+            n_split += 1
+        elif on_long == "truncate_prompt" and n_bos + excess < is_answer.index(True):
+            cut = slice(n_bos, n_bos + excess)
+            del ids[cut], is_answer[cut]
+            rows.append((ids, is_answer))
             n_truncated += 1
-        n_answer_tokens += sum(is_answer)
-        columns["input_ids"].append(ids)
-        columns["labels"].append(
-            [token if train_on == "all" or answer else IGNORED for token, answer in zip(ids, is_answer)]
-        )
-        columns["length"].append(len(ids))
+        else:
+            n_dropped += 1
 
-    n_kept = len(columns["length"])
-    if not n_kept:
+    if not rows:
         raise InputError(
             f"Expected examples of at most {max_length} tokens. Got none: all {len(examples)} are longer, from "
             f"{min(lengths)} to {max(lengths)}. Raise max_length to {max(lengths)} to keep them all"
-            + ('.' if on_long == "truncate_prompt" else ', or set on_long to "truncate_prompt".')
+            + ("." if on_long == "truncate_prompt" else ', or set on_long to "truncate_prompt".')
         )
+    labels = [[token if train_on == "all" or answer else IGNORED for token, answer in zip(*row)] for row in rows]
+    columns = {"input_ids": [ids for ids, _ in rows], "labels": labels, "length": [len(ids) for ids, _ in rows]}
     report = EncodingReport(
-        n_examples=n_kept,
-        n_dropped=len(examples) - n_kept,
+        n_examples=len(rows),
+        n_dropped=n_dropped,
         n_prompt_truncated=n_truncated,
+        n_split=n_split,
         longest=max(lengths),
         tokens=sum(columns["length"]),
-        answer_tokens=n_answer_tokens,
+        answer_tokens=sum(sum(is_answer) for _, is_answer in rows),
         max_length=max_length,
     )
     return Dataset.from_dict(columns, features=FEATURES), report
@@ -190,23 +187,42 @@ def _check_options(max_length: int, train_on: str, on_long: str) -> None:
             )
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text alone, without special tokens and never truncated by a setting of the tokenizer."""
-    return tokenizer(
+def _tokenise(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[bool], int]]:
+    """Of each example the token ids (L), whether each belongs to an answer (L), and the number of leading bos."""
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise InputError("Expected a tokenizer with an end-of-sequence token. Got none: set its eos_token.")
+    bos = tokenizer.bos_token_id
+    adds_bos = _ids(tokenizer, [""], add_special_tokens=True)[0][:1] == [bos]
+    pieces = iter(_ids(tokenizer, [segment.text for example in examples for segment in example.segments]))
+    for example in examples:
+        ids: list[int] = [bos] if isinstance(bos, int) and adds_bos and not example.templated else []
+        is_answer = [False] * len(ids)
+        for segment in example.segments:
+            piece = next(pieces)
+            ids += piece
+            is_answer += [segment.is_answer] * len(piece)
+        if not example.templated:
+            ids.append(eos)
+            is_answer.append(True)
+        # A template writes its bos itself, and some begin every turn with it: only the tokenizer tells it apart.
+        yield ids, is_answer, int(adds_bos and ids[:1] == [bos])
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of each text, never cut by a setting that came with the tokenizer."""
+    encoded = tokenizer(
         texts,
-        add_special_tokens=False,
+        add_special_tokens=add_special_tokens,
         truncation=False,
         padding=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    )["input_ids"]
-
-
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[begin-of-sequence id] if the tokenizer puts one before a text, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    )
+    return cast("list[list[int]]", encoded["input_ids"])
 
 
 @dataclass(frozen=True)

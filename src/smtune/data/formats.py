@@ -94,7 +94,9 @@ def check_records(rows: Iterable[tuple[str, Any]], format: Format = "auto") -> l
     """
     if format != "auto" and format not in SHAPES:
         options = ("auto", *SHAPES)
-        raise InputError(f'Expected a format among {", ".join(options)}. Got "{format}".{did_you_mean(format, options)}')
+        raise InputError(
+            f'Expected a format among {", ".join(options)}. Got "{format}".{did_you_mean(format, options)}'
+        )
     shape: Shape | None = None if format == "auto" else format
     records: list[Record] = []
     faults: list[str] = []
@@ -103,11 +105,11 @@ def check_records(rows: Iterable[tuple[str, Any]], format: Format = "auto") -> l
         n_rows += 1
         fault = _shape_fault(row, shape)
         if fault is None:
-            shape = shape or _shape_of(row)
+            shape = shape or _shapes_of(row)[0]
             fault = _field_fault(row, shape)
-        if fault is None:
-            records.append(Record(where, shape, row))
-        else:
+            if fault is None:
+                records.append(Record(where, shape, row))
+        if fault is not None:
             faults.append(f"{where}: {fault}")
     if faults:
         raise faults_error(faults, f"of {n_rows:,} records")
@@ -127,13 +129,9 @@ def faults_error(faults: Sequence[str], among: str) -> InputError:
 
 def _shapes_of(row: Mapping[str, Any]) -> list[Shape]:
     # Parquet and the hub give a missing field as null.
-    found = [shape for shape, keys in SHAPES.items() if all(row.get(key) is not None for key in keys)]
+    found: list[Shape] = [shape for shape, keys in SHAPES.items() if all(row.get(key) is not None for key in keys)]
     # Alpaca's own file has the rendered "text" beside the fields it was made from.
-    return found if found == ["text"] else [shape for shape in found if shape != "text"]
-
-
-def _shape_of(row: Mapping[str, Any]) -> Shape:
-    return _shapes_of(row)[0]
+    return [shape for shape in found if shape != "text"] or found
 
 
 def _shape_fault(row: object, shape: Shape | None) -> str | None:
@@ -279,9 +277,7 @@ def _render(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program and may raise anything
         raise InputError(
             f"Expected a conversation that the chat template can render at {record.where}. Got: {error}"

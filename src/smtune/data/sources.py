@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from smtune.data.arithmetic import arithmetic
 from smtune.data.formats import Format, Record, check_records, faults_error
@@ -96,7 +97,7 @@ def _read(source: str | os.PathLike[str]) -> Rows:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", name) and not name.startswith("mini/"):
         return _read_hub(name)
     raise InputError(
-        f'Expected a file ({", ".join(READERS)}), a packaged name ({", ".join(PACKAGED)}) or a hub name '
+        f"Expected a file ({', '.join(READERS)}), a packaged name ({', '.join(PACKAGED)}) or a hub name "
         f'("owner/name"). Got "{name}".{did_you_mean(name, PACKAGED)}'
     )
 
@@ -161,10 +162,8 @@ def _read_json(path: Path) -> Rows:
 def _read_parquet(path: Path) -> Rows:
     # Streaming reads the file in place; otherwise a copy of it is left in the cache.
     try:
-        rows = list(
-            datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        rows = list(datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True))
+    except (OSError, ValueError, DatasetsError) as error:
         raise InputError(f"Expected a Parquet file at {path}. Got one that cannot be read: {error}") from error
     return [(f"{path}, record {k}", row) for k, row in enumerate(rows, 1)]
 
@@ -173,7 +172,7 @@ def _read_hub(name: str) -> Rows:
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise InputError(
             f'Expected a data set "{repository}" on the hub that can be loaded as name:config:split. Got: {error} '
             f"If it is private, log in with `hf auth login`; if it is a file, there is none at that path."
