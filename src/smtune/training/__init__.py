@@ -1,0 +1,25 @@
+"""Training: a YAML configuration, Hugging Face's Trainer, and a run folder that can be resumed.
+
+    config = load_config("examples/arithmetic.yaml", ["method=lora"])
+    print(dry_run(config))
+    result = train(config)
+
+Imports pydantic, yaml, rich, transformers, peft, `smtune.data`, `smtune.models` and the core; never evaluation.
+"""
+
+from smtune.training.config import LEARNING_RATES, TrainConfig, load_config, parse_config
+from smtune.training.folder import RunFolder, read_metrics
+from smtune.training.run import RunResult, WorkPlan, dry_run, train
+
+__all__ = [
+    "LEARNING_RATES",
+    "RunFolder",
+    "RunResult",
+    "TrainConfig",
+    "WorkPlan",
+    "dry_run",
+    "load_config",
+    "parse_config",
+    "read_metrics",
+    "train",
+]

@@ -1,0 +1,469 @@
+"""Training end to end on a tiny model: the run folder, the methods, the order of rows, stopping and resuming."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
+
+import smtune
+from smtune import InputError
+from smtune.models import load_model, load_tokenizer
+from smtune.training import dry_run, load_config, read_metrics, run, train
+from smtune.training.folder import COMPLETE, RunFolder
+from smtune.training.run import check_trainable
+
+METHODS = ["smt", "lora", "dora", "full"]
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny Llama of random weights and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            vocab_size=258,
+            eos_token_id=256,
+            bos_token_id=None,
+            pad_token_id=257,
+        )
+    )
+    model.save_pretrained(folder)
+    letters = ByteLevelBPETokenizer()
+    letters.train_from_iterator([""], vocab_size=256, special_tokens=[])
+    letters.add_special_tokens(["<end>", "<pad>"])
+    PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    records = [{"prompt": f"{k} + {k % 7} =", "completion": f" {k + k % 7}"} for k in range(24)]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+@pytest.fixture
+def configure(base, rows, tmp_path):
+    """A function from overrides to a configuration in a fresh folder."""
+
+    def configure(*overrides, method="smt", output="run"):
+        values = {
+            "model": str(base),
+            "output": str(tmp_path / output),
+            "method": method,
+            "data": {"train": str(rows), "max_length": 64},
+            "smt": {"block_size": 16, "budget": 12, "warmup_steps": 3},
+            "lora": {"rank": 2, "dropout": 0.1},
+            "training": {
+                "learning_rate": 1e-2,
+                "max_steps": STEPS,
+                "batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "logging_steps": 3,
+                "save_steps": 3,
+            },
+        }
+        path = tmp_path / f"{output}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return load_config(path, overrides)
+
+    return configure
+
+
+@pytest.fixture
+def quiet():
+    return Console(quiet=True)
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stop
+
+
+class Seen(TrainerCallback):
+    """Records the token ids of every batch that the model is given."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def hook(module, args, kwargs):
+            self.batches.append(kwargs["input_ids"].clone())
+
+        self.handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+
+
+def trained_tensors(result):
+    return {
+        name: tensor
+        for file in sorted(os.listdir(result.trained))
+        if file.endswith(".safetensors")
+        for name, tensor in load_file(os.path.join(result.trained, file)).items()
+    }
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def untimed(path):
+    return [{k: v for k, v in e.items() if k not in ("elapsed", "tokens_per_second")} for e in read_metrics(path)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_everything_in_its_folder(configure, quiet, method):
+    config = configure(method=method)
+    result = train(config, console=quiet)
+    folder = RunFolder(config.output)
+
+    names = {path.name for path in folder.path.iterdir()}
+    expected = {"config.yaml", "environment.json", "data.json", "metrics.jsonl", "checkpoints", "result.json"}
+    expected |= {"adapter"} if method != "full" else {"model"}
+    expected |= {"plan.json", "scoring.json"} if method == "smt" else set()
+    assert names == expected
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-6"]
+    assert (folder.checkpoints / "checkpoint-6" / COMPLETE).is_file()
+
+    assert load_config(folder.config).resolved().to_yaml() == config.resolved().to_yaml()
+    environment = json.loads(folder.environment.read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["seed"] == 0
+    data = json.loads(folder.data.read_text())
+    assert data["n_examples"] == 24
+    assert all(len(digest) == 64 for digest in data["sources"].values())
+
+    events = read_metrics(folder.metrics)
+    assert [event["step"] for event in events] == [3, 6, 8]
+    assert all(event["tokens_per_second"] > 0 for event in events)
+    assert events[-1]["loss"] < events[0]["loss"]
+
+    written = json.loads(folder.result.read_text())
+    assert written["steps"] == result.steps == STEPS
+    assert written["loss"] == events[-1]["loss"]
+    assert written["tokens"] == events[-1]["tokens"] > 0
+    assert written["trainable_parameters"] == sum(p.numel() for p in load_trainable(method, result, config).values())
+    assert 0 < result.trainable_fraction <= 1
+    assert result.peak_memory > 2**20
+
+
+def load_trainable(method, result, config):
+    tensors = trained_tensors(result)
+    return {name: t for name, t in tensors.items() if method != "smt" or name.endswith("weight")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_loads_by_the_folder(configure, quiet, base, method):
+    result = train(configure(method=method), console=quiet)
+    ids = torch.arange(12).view(1, 12)
+    model = load_model(result.folder)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        untrained = load_model(str(base))(input_ids=ids).logits
+    assert isinstance(model, peft.PeftModel) == (method != "full")
+    assert not torch.allclose(logits, untrained, atol=1e-3)
+    assert load_tokenizer(result.folder).eos_token == "<end>"
+    assert not os.path.exists(os.path.join(result.trained, "training_args.bin"))
+    with torch.no_grad():
+        if method == "full":
+            plain = AutoModelForCausalLM.from_pretrained(result.trained, dtype="float32")
+        else:
+            plain = peft.PeftModel.from_pretrained(load_model(str(base)), result.trained)
+        assert torch.equal(plain(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_method_sees_the_same_rows_in_the_same_order(configure, quiet, grouped):
+    def batches(method):
+        seen = Seen()
+        overrides = ["training.epochs=2", "training.max_steps=null", f"training.group_by_length={grouped}"]
+        train(configure(*overrides, method=method, output=method), console=quiet, callbacks=[seen])
+        return seen.batches
+
+    first = batches("smt")
+    assert len(first) == 2 * 24 // 2
+    assert not torch.equal(torch.cat([b.flatten() for b in first[:12]]), torch.cat([b.flatten() for b in first[12:]]))
+    for method in ["lora", "dora", "full"]:
+        other = batches(method)
+        assert len(other) == len(first)
+        assert all(torch.equal(left, right) for left, right in zip(first, other))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_with_the_same_bits(configure, quiet, method):
+    # Three epochs of six steps; stopped in the second. Dropout (LoRA, DoRA) draws from the random state.
+    length = ["training.epochs=3", "training.max_steps=null", "training.save_steps=4"]
+    whole = train(configure(*length, method=method, output="whole"), console=quiet)
+    config = configure(*length, method=method, output="stopped")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(10)])
+    folder = RunFolder(config.output)
+    assert not folder.is_finished
+    assert folder.last_checkpoint().name == "checkpoint-8"
+
+    resumed = train(config, resume=True, console=quiet)
+    assert same(trained_tensors(resumed), trained_tensors(whole))
+    assert untimed(folder.metrics) == untimed(RunFolder(whole.folder).metrics)
+    assert (resumed.steps, resumed.train_loss, resumed.tokens) == (whole.steps, whole.train_loss, whole.tokens)
+    assert [part["step"] for part in json.loads(folder.environment.read_text())["resumed"]] == [8]
+
+
+def test_resume_with_grouped_rows(configure, quiet):
+    options = ["training.epochs=3", "training.max_steps=null", "training.group_by_length=true"]
+    whole = train(configure(*options, output="whole"), console=quiet)
+    config = configure(*options, output="stopped")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(11)])
+    assert same(trained_tensors(train(config, resume=True, console=quiet)), trained_tensors(whole))
+
+
+def test_resume_from_any_remains(configure, quiet):
+    config = configure()
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    plan = folder.plan.read_bytes()
+    # A kill while a later checkpoint and a line of metrics are being written.
+    torn = folder.checkpoints / "checkpoint-7"
+    torn.mkdir()
+    (torn / "adapter_model.safetensors").write_bytes(b"\0")
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 7, "lo')
+    result = train(config, resume=True, console=quiet)
+    assert not torn.exists()
+    assert folder.plan.read_bytes() == plan
+    assert [event["step"] for event in read_metrics(folder.metrics)] == [3, 6, 8]
+    assert same(trained_tensors(result), trained_tensors(train(configure(output="whole"), console=quiet)))
+
+
+def test_resume_before_the_first_checkpoint_starts_over_with_the_same_plan(configure, quiet, monkeypatch):
+    config = configure()
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(2)])
+    monkeypatch.setattr(smtune, "make_plan", lambda *args, **kwargs: pytest.fail("scored again"))
+    result = train(config, resume=True, console=quiet)
+    assert [event["step"] for event in read_metrics(RunFolder(result.folder).metrics)] == [3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "from_call"),
+    [
+        (smtune.Plan, "save", 1),
+        (Trainer, "_save_rng_state", 1),
+        (Trainer, "_save_rng_state", 2),
+        (run.RunResult, "__init__", 1),
+        (PreTrainedTokenizerFast, "save_pretrained", 1),
+    ],
+    ids=["plan", "first checkpoint", "second checkpoint", "result", "adapter"],
+)
+def test_a_kill_while_writing_loses_nothing(configure, quiet, monkeypatch, owner, name, from_call):
+    calls = 0
+
+    def die(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs) if calls < from_call else stop()
+
+    def stop():
+        raise Stop
+
+    original = getattr(owner, name)
+    config = configure()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, die)
+        with pytest.raises(Stop):
+            train(config, console=quiet)
+    result = train(config, resume=True, console=quiet)
+    whole = train(configure(output="whole"), console=quiet)
+    assert same(trained_tensors(result), trained_tensors(whole))
+    assert untimed(RunFolder(result.folder).metrics) == untimed(RunFolder(whole.folder).metrics)
+    assert not [path for path in RunFolder(result.folder).path.iterdir() if path.name.startswith(".")]
+
+
+def test_resume_of_a_finished_run_does_nothing(configure, capsys):
+    config = configure(method="lora")
+    result = train(config, console=Console(quiet=True))
+    again = train(config, resume=True, console=Console(width=200))
+    assert again == result
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_used_folder_is_refused(configure, quiet, tmp_path, rows):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    with pytest.raises(InputError, match=r"holds a run that was stopped: continue it with --resume"):
+        train(config, console=quiet)
+    changed = configure("training.learning_rate=1e-3", "data.max_length=32", method="lora")
+    with pytest.raises(InputError) as caught:
+        train(changed, resume=True, console=quiet)
+    assert "training.learning_rate: 0.01 before, 0.001 now" in str(caught.value)
+    assert "data.max_length: 64 before, 32 now" in str(caught.value)
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        train(configure(output="other"), console=quiet)
+
+    text = rows.read_text()
+    try:
+        rows.write_text(text.replace("1 + 1", "1 + 2"))
+        with pytest.raises(InputError, match=r"other rows from .*sums\.jsonl"):
+            train(config, resume=True, console=quiet)
+    finally:
+        rows.write_text(text)
+
+
+def test_faults_leave_no_folder(configure, quiet, tmp_path):
+    for overrides, message in [
+        (["smt.block_size=48"], "48"),
+        (["smt.budget=1e-4"], "at least one block"),
+        (["smt.target_modules=[q_porj]"], "q_proj"),
+        (["data.train=nothing.jsonl"], "nothing.jsonl"),
+        (["training.report_to=tensorbord"], 'Did you mean "tensorboard"'),
+        (["data.max_length=2"], "Raise max_length"),
+        (["method=lora", "lora.target_modules=[q_porj]"], "q_porj"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            dry_run(configure(*overrides))
+        with pytest.raises(InputError, match=message):
+            train(configure(*overrides), console=quiet)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_made_before_is_used(configure, quiet, tmp_path, monkeypatch):
+    first = train(configure(), console=quiet)
+    plan = os.path.join(first.folder, "plan.json")
+    config = configure("smt={}", f"smt.plan={plan}", output="second")
+    monkeypatch.setattr(smtune, "make_plan", lambda *args, **kwargs: pytest.fail("scored"))
+    second = train(config, console=quiet)
+    assert second.scoring_seconds == 0.0 < first.scoring_seconds
+    assert same(trained_tensors(first), trained_tensors(second))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_keeps_what_is_trained_in_fp32(configure, quiet, method):
+    dtypes = set()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            dtypes.update(p.dtype for p in model.parameters() if p.requires_grad)
+            assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {torch.bfloat16}
+
+    result = train(configure("dtype=bfloat16", method=method), console=quiet, callbacks=[Look()])
+    assert dtypes == {torch.float32}
+    assert {t.dtype for t in trained_tensors(result).values() if t.is_floating_point()} == {torch.float32}
+
+
+def test_a_trained_parameter_in_16_bits_is_refused():
+    model = torch.nn.Linear(2, 2).to(torch.bfloat16)
+    with pytest.raises(InputError, match="2 that are not, such as weight"):
+        check_trainable(model)
+    with pytest.raises(InputError, match="every parameter frozen"):
+        check_trainable(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_nothing_but_memory(configure, quiet, method):
+    plain = train(configure(method=method, output="plain"), console=quiet)
+    saving = train(configure("training.gradient_checkpointing=true", method=method, output="saving"), console=quiet)
+    left, right = trained_tensors(plain), trained_tensors(saving)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(configure, quiet):
+    overrides = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.logging_steps=1"]
+    config = configure(*overrides, method="full")
+    with pytest.raises(InputError, match="Expected a finite loss"):
+        train(config, console=quiet)
+
+
+def test_progress_without_a_terminal_is_a_line_per_event(configure, capsys):
+    train(configure(method="lora"), console=Console(width=200))
+    output = capsys.readouterr()
+    assert [line.split()[1] for line in output.out.splitlines() if line.startswith("step ")] == ["3/8", "6/8", "8/8"]
+    assert "tokens/s" in output.out
+    assert output.err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(configure):
+    console = Console(force_terminal=True, width=120, record=True, file=io.StringIO())
+    train(configure(method="lora"), console=console)
+    text = console.export_text()
+    assert "8/8" in text
+    assert "tokens/s" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_foresees_the_run_and_writes_nothing(configure, quiet, tmp_path, method):
+    config = configure(method=method)
+    plan = dry_run(config)
+    assert not (tmp_path / "run").exists()
+    result = train(config, console=quiet)
+    assert plan.trainable_parameters == result.trainable_parameters
+    assert plan.total_parameters == result.total_parameters
+    assert plan.steps == result.steps
+    assert plan.rows == 24
+    assert plan.checkpoints == 2
+    assert {name.rstrip("/") for name in plan.writes} == {path.name for path in (tmp_path / "run").iterdir()}
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan)
+    text = console.file.getvalue()
+    assert "24 examples" in text
+    assert str(tmp_path / "run") in text
+
+
+def test_steps_of_epochs(configure, quiet):
+    config = configure("training.epochs=1.5", "training.max_steps=null", "training.batch_size=5", method="lora")
+    assert dry_run(config).steps == train(config, console=quiet).steps
+
+
+def test_ordinary_use_prints_no_warning(configure):
+    """In a process of its own, as a user sees it: warnings are shown once, and loggers write to the error stream."""
+    config = configure(method="smt")
+    code = f"from smtune.training import load_config, train; train(load_config({config.output + '.yaml'!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Installed by choice, and loud on import.
+    lines = [line for line in done.stderr.splitlines() if "kernels" not in line]
+    assert all(line.startswith(("Data:", "Plan:", "Training ", "step ")) for line in lines), done.stderr
