@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import smtune
 from smtune import cli
 from smtune.models import load_model
+from smtune.training import read_metrics
 
 TASK_ITEMS = 6
 
@@ -99,7 +102,7 @@ def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
 
 
 def test_select_then_train_with_the_plan(config, capsys, tmp_path):
-    out, err = run(capsys, "select", config, "--output", "plan.json")
+    _, err = run(capsys, "select", config, "--output", "plan.json")
     plan = smtune.Plan.load("plan.json")
     assert plan.n_blocks == 12
     assert plan.batches_seen == 3
@@ -157,12 +160,36 @@ def test_merging_a_whole_model_or_into_a_full_folder(config, base, capsys, tmp_p
     assert "new or empty" in err
 
 
+def test_a_killed_run_ends_with_the_same_bits(config, tmp_path):
+    """SIGKILL at whatever the process is doing once a checkpoint is there."""
+    changes = ["training.max_steps=400", "training.save_steps=5", "evaluation.tasks=[]", "output=killed"]
+    command = [sys.executable, "-m", "smtune", "train", str(config), *changes]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/checkpoints/*/COMPLETE")):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed/result.json").exists()
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming from checkpoint-" in resumed.stderr
+    whole = subprocess.run([*command, "output=whole"], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    ends = [load_file(tmp_path / f"{name}/adapter/adapter_model.safetensors") for name in ("killed", "whole")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    steps = [[row["step"] for row in read_metrics(tmp_path / f"{name}/metrics.jsonl")] for name in ("killed", "whole")]
+    assert steps[0] == steps[1]
+
+
 def test_debug_shows_the_traceback(config):
     for flag in ([], ["--debug"]):
         done = subprocess.run(
-            [sys.executable, "-c", "from smtune.cli import main; main()", "inspect", "nothing", *flag],
-            capture_output=True,
-            text=True,
+            [sys.executable, "-m", "smtune", "inspect", "nothing", *flag], capture_output=True, text=True
         )
         assert done.returncode == 2
         assert ("Traceback" in done.stderr) == bool(flag)

@@ -14,11 +14,8 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -33,42 +30,6 @@ from smtune.training.run import check_trainable
 
 METHODS = ["smt", "lora", "dora", "full"]
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with a tiny Llama of random weights and a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=128,
-            vocab_size=258,
-            eos_token_id=256,
-            bos_token_id=None,
-            pad_token_id=257,
-        )
-    )
-    model.save_pretrained(folder)
-    letters = ByteLevelBPETokenizer()
-    letters.train_from_iterator([""], vocab_size=256, special_tokens=[])
-    letters.add_special_tokens(["<end>", "<pad>"])
-    PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(
-        folder
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    records = [{"prompt": f"{k} + {k % 7} =", "completion": f" {k + k % 7}"} for k in range(24)]
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
-    return path
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ LAYERS = [  # bottom first: a module may import only from the rows listed before
     ["training", "evaluation"],
     ["report", "experiments"],
     ["cli"],
+    ["__main__"],
 ]
 OUTSIDE = {  # what these import beside the standard library; the others are free
     "errors": set(),

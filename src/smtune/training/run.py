@@ -220,6 +220,22 @@ def train(
     return result
 
 
+def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.Plan:
+    """The plan that `train` would make of a configuration with the method smt, and nothing else. Writes nothing.
+
+    Raises:
+        InputError: another method, a plan given already, or as `train`.
+    """
+    config = config.resolved()
+    if config.method != "smt" or config.smt.plan is not None:
+        raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
+    tokenizer = load_tokenizer(config.model)
+    dataset, _, _ = _load_data(config, tokenizer)
+    model, smt_config = _load_base(config).to(PartialState().device), _smt_config(config)
+    _expected_plan(model, config, smt_config)
+    return _score(model, dataset, tokenizer, config, smt_config, console or Console(stderr=True))
+
+
 def dry_run(config: TrainConfig) -> WorkPlan:
     """Check all that can be checked without the weights, and say what `train` would do. Writes no run folder.
 
@@ -395,25 +411,12 @@ def _make_plan(
     """The plan of the run: that in the folder, that given, or a new one by scoring."""
     if _from_main(folder.plan.is_file()):
         return smtune.Plan.load(folder.plan)
+    started = time.perf_counter()
     if config.smt.plan is not None:
         plan = smtune.Plan.load(config.smt.plan)
-        seconds = 0.0
     else:
-        state, started = PartialState(), time.perf_counter()
-        if config.training.gradient_checkpointing:
-            _checkpoint_activations(model)
-        warmup = batches(
-            dataset,
-            Collator(_pad_id(tokenizer)),
-            config.smt.score_batch_size or config.training.batch_size,
-            seed=config.training.seed,
-            n=smt_config.warmup_steps,
-        )
-        share = itertools.islice(warmup, state.process_index, None, state.num_processes)
-        plan = smtune.make_plan(model, share, smt_config, progress=console.is_terminal and state.is_main_process)
-        plan = dataclasses.replace(plan, model_name=portable_name(config.model))
-        seconds = time.perf_counter() - started
-        _checkpoint_activations(model, False)
+        plan = _score(model, dataset, tokenizer, config, smt_config, console)
+    seconds = time.perf_counter() - started if config.smt.plan is None else 0.0
     if PartialState().is_main_process:
         # The plan last: where it stands, scoring is done.
         write_json(folder.scoring, {"seconds": seconds, "batches": plan.batches_seen})
@@ -421,6 +424,31 @@ def _make_plan(
     _say(console, f"Plan: {plan.n_blocks:,} blocks of {plan.block_size}², scored in {seconds:.1f} s")
     PartialState().wait_for_everyone()
     return plan
+
+
+def _score(
+    model: nn.Module,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    smt_config: smtune.SMTConfig,
+    console: Console,
+) -> smtune.Plan:
+    """A new plan from warm-up batches of the training rows, each process taking its share of them."""
+    state = PartialState()
+    if config.training.gradient_checkpointing:
+        _checkpoint_activations(model)
+    warmup = batches(
+        dataset,
+        Collator(_pad_id(tokenizer)),
+        config.smt.score_batch_size or config.training.batch_size,
+        seed=config.training.seed,
+        n=smt_config.warmup_steps,
+    )
+    share = itertools.islice(warmup, state.process_index, None, state.num_processes)
+    plan = smtune.make_plan(model, share, smt_config, progress=console.is_terminal and state.is_main_process)
+    _checkpoint_activations(model, False)
+    return dataclasses.replace(plan, model_name=portable_name(config.model))
 
 
 def wrap(model: nn.Module, config: TrainConfig, plan: smtune.Plan | None) -> nn.Module:

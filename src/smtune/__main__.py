@@ -1,0 +1,5 @@
+"""`python -m smtune`, the same as `smtune`."""
+
+from smtune.cli import main
+
+main()
