@@ -115,8 +115,9 @@ class BlockIndex:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, cols, used_cols) as int64 on `device`; copied there once."""
         if device not in self._tensors:
-            used = torch.tensor(self.used_cols, dtype=torch.int64)
-            self._tensors[device] = (self.rows.to(device), self.cols.to(device), used.to(device))
+            with torch.inference_mode(False):  # kept for later uses, which may be in training
+                used = torch.tensor(self.used_cols, dtype=torch.int64)
+                self._tensors[device] = (self.rows.to(device), self.cols.to(device), used.to(device))
         return self._tensors[device]
 
     def __deepcopy__(self, memo: dict) -> BlockIndex:

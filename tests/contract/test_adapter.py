@@ -488,6 +488,28 @@ def test_two_active_adapters_both_learn(mode):
     assert all(not torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_training_after_a_first_use_in_inference_mode(names):
+    model = peft.get_peft_model(make_base(), make_config(budget=20))
+    model.add_adapter("other", make_config(seed=1, budget=20))
+    model.base_model.set_adapter(names)
+    with torch.inference_mode():
+        model(input_ids=IDS)
+    before = logits(model)
+    train(model)
+    assert not torch.equal(logits(model), before)
+
+
+def test_adapters_of_two_block_sizes_are_refused_before_anything_changes():
+    model = make_trained()
+    expected, keys = logits(model), list(model.state_dict())
+    with pytest.raises(InputError, match="block size for all adapters of a layer: 16, that of 'default'. Got 8"):
+        model.add_adapter("other", make_config(block_size=8, budget=40))
+    assert list(model.peft_config) == ["default"]
+    assert list(model.state_dict()) == keys
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("order", [["default"], ["other"], ["default", "other"], ["other", "default"]])
 @pytest.mark.parametrize("mode", MODES)
 def test_merging_in_any_order_and_back(mode, order):

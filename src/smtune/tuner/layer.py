@@ -115,7 +115,7 @@ class SMTLinear(nn.Module, SMTLayer):
     base_layer: Any
     smt_originals: Tensor | None
 
-    def __init__(self, base_layer: Any, mode: str = "auto", name: str = "", **kwargs: Any) -> None:
+    def __init__(self, base_layer: Any, mode: str = "auto", name: str = "") -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features = base_layer.in_features
@@ -134,7 +134,6 @@ class SMTLinear(nn.Module, SMTLayer):
                 f'{type(base_layer).__name__} at {name}: use mode="additive", or "auto".'
             )
         self.resident = can_be_resident if mode == "auto" else mode == "resident"
-        self.kwargs = kwargs
 
         # The blocks of the base over the union of all adapters; taken when W is first written.
         self.register_buffer("smt_originals", None, persistent=False)
@@ -154,12 +153,6 @@ class SMTLinear(nn.Module, SMTLayer):
             raise InputError(
                 f"Expected a plan for a ({self.out_features}, {self.in_features}) weight at {self._name}. Got one for "
                 f"({places.grid.out_features}, {places.grid.in_features})."
-            )
-        sizes = {each.grid.block_size for each in self._places()} - {places.grid.block_size}
-        if sizes:
-            raise InputError(
-                f"Expected all adapters of a layer to have one block size, {sizes.pop()} at {self._name}. Got "
-                f"{places.grid.block_size}: make the plan with that block size."
             )
         self._restore()
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
@@ -238,7 +231,8 @@ class SMTLinear(nn.Module, SMTLayer):
         weight = self.base_layer.weight.data
         if self.smt_originals is None:
             assert self._union is not None
-            self.smt_originals = gather(weight, self._union)
+            with torch.inference_mode(False):  # the first use may be in inference, later ones in training
+                self.smt_originals = gather(weight, self._union)
         originals = self.smt_originals if adapters.positions is None else self.smt_originals[adapters.positions]
         dtype = torch.promote_types(total.dtype, torch.float32)
         scatter_(weight, adapters.index, originals.to(dtype) + total.detach())
@@ -394,7 +388,8 @@ def _positions(index: BlockIndex, within: BlockIndex) -> Tensor | None:
     if index.pairs == within.pairs:
         return None
     position = {pair: k for k, pair in enumerate(within.pairs)}
-    return torch.tensor([position[pair] for pair in index.pairs])
+    with torch.inference_mode(False):  # autograd saves it, even if the first use is in inference
+        return torch.tensor([position[pair] for pair in index.pairs])
 
 
 def _union(places: Sequence[BlockIndex]) -> BlockIndex:

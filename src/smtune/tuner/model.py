@@ -35,7 +35,9 @@ class SMTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Before anything is replaced; PEFT's own hook for this is not called for a second adapter.
-        self._complete(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        self._complete(model, config)
+        self._check_block_size(adapter_name, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @staticmethod
@@ -49,10 +51,20 @@ class SMTModel(BaseTuner):
                     "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
                 )
             config.plan = make_plan(model, None, config).to_dict()
+            config.block_size = config.plan["block_size"]
         plan = Plan.from_dict(config.plan)
         plan.check(model)
         if config.target_modules is None:
             config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
+
+    def _check_block_size(self, adapter_name: str, config: Any) -> None:
+        for name, other in self.peft_config.items():
+            shared = config.block_map().keys() & other.block_map().keys()
+            if name != adapter_name and shared and other.block_size != config.block_size:
+                raise InputError(
+                    f"Expected one block size for all adapters of a layer: {other.block_size}, that of {name!r}. Got "
+                    f"{config.block_size} for {adapter_name!r}: make its plan with block_size={other.block_size}."
+                )
 
     def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
         return peft_config
