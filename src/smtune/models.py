@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
     if base is not None:
         from peft import PeftModel  # importing smtune has made SMT known to it
 
-        model: Any = PeftModel.from_pretrained(load_model(base, dtype), place)
+        with wrapping():
+            model: Any = PeftModel.from_pretrained(load_model(base, dtype), place)
     else:
         with _quiet(), _loading(name):
             model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
@@ -268,6 +270,14 @@ def _loading(name: str) -> Iterator[None]:
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, which cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def wrapping() -> Iterator[None]:
+    """Around a wrap by peft: it asks transformers for a property under the name that transformers has given up."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -78,7 +79,7 @@ def run_demo(output: Path, *, compare: bool = False, control: bool = False, cons
 
     summary = _summary(before, after, results)
     console.print()
-    console.print(_table(before, after, summary))
+    console.print(_table(summary))
     figures = _draw(output, before, after, results)
     elapsed = time.perf_counter() - started
     _write(output / "summary.json", settings | {"seconds": round(elapsed, 1), "arms": summary})
@@ -172,25 +173,21 @@ def _summary(before: Evaluation, after: dict[str, Evaluation], results: dict[str
     return summary
 
 
-def _table(before: Evaluation, after: dict[str, Evaluation], summary: dict[str, Any]) -> Table:
-    table = Table(title=f"{summary['before']['items']} held-out word problems")
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"{summary['before']['items']} held-out word problems", box=box.SIMPLE)
     table.add_column("")
-    for heading in ("trained", "right", "95 % interval", "gain", "95 % interval, paired", "no number"):
+    for heading in ("right, %", "gain, points", "no number"):
         table.add_column(heading, justify="right")
-
-    def percent(value: float, sign: str = "") -> str:
-        return f"{100 * value:{sign}.1f}"
-
     for title, row in summary.items():
-        cells = [title, f"{100 * row['trainable_fraction']:.2f} %" if "gain" in row else ""]
-        cells += [f"{percent(row['correct'] / row['items'])} %", " to ".join(map(percent, row["interval"]))]
-        if "gain" in row:
-            low, high = row["gain_interval"]
-            cells += [f"{percent(row['gain'], '+')} points", f"{percent(low, '+')} to {percent(high, '+')}"]
-        else:
-            cells += ["", ""]
-        table.add_row(*cells, str(row["unparsed"]))
+        right = f"{100 * row['correct'] / row['items']:.1f} ({_span(row['interval'], '')})"
+        gain = f"{100 * row['gain']:+.1f} ({_span(row['gain_interval'], '+')})" if "gain" in row else ""
+        table.add_row(title, right, gain, str(row["unparsed"]))
+    table.caption = "in parentheses: 95 % intervals; that of the gain is paired"
     return table
+
+
+def _span(interval: list[float], sign: str) -> str:
+    return " to ".join(f"{100 * end:{sign}.1f}" for end in interval)
 
 
 def _draw(

@@ -15,7 +15,6 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 import smtune
 from smtune.data import Collator, batches, prepare
 from smtune.errors import InputError, did_you_mean
-from smtune.models import identity, load_model, load_tokenizer, portable_name, resolve, skeleton
+from smtune.models import identity, load_model, load_tokenizer, portable_name, resolve, skeleton, wrapping
 from smtune.scoring import DATA_FREE, Scores
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
@@ -471,9 +470,7 @@ def wrap(model: nn.Module, config: TrainConfig, plan: smtune.Plan | None) -> nn.
             target_modules=config.lora.target_modules,
             use_dora=config.method == "dora",
         )
-    with warnings.catch_warnings():
-        # Asked for by peft on every wrap, under the name that transformers gave up.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with wrapping():
         try:
             return peft.get_peft_model(model, adapter)  # type: ignore[arg-type]
         except ValueError as error:
