@@ -58,7 +58,8 @@ class SMTModel(BaseTuner):
             config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
 
     def _check_block_size(self, adapter_name: str, config: Any) -> None:
-        for name, other in self.peft_config.items():
+        configs: dict[str, Any] = self.peft_config
+        for name, other in configs.items():
             shared = config.block_map().keys() & other.block_map().keys()
             if name != adapter_name and shared and other.block_size != config.block_size:
                 raise InputError(
