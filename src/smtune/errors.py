@@ -18,5 +18,5 @@ class InputError(ValueError):
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """`` Did you mean "x"?`` for the option closest to `word`, or an empty string if none is close."""
-    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, [option for option in options if option != word], n=1, cutoff=0.6)
     return f' Did you mean "{close[0]}"?' if close else ""

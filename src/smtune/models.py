@@ -72,7 +72,7 @@ def resolve(name: str) -> str:
         return alias.hub_id if alias.packaged_file() is None else str(_converted(name, alias))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(_trained_part(folder))
+        return str(_trained_part(folder).resolve())  # an adapter that records it can be used from anywhere
     is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
     hint = "" if "/" in name else did_you_mean(name, ALIASES)
     if hint or not is_hub_id:
@@ -106,7 +106,7 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
         with wrapping():
             model: Any = PeftModel.from_pretrained(load_model(base, dtype), place)
     else:
-        with _quiet(), _loading(name):
+        with quiet(), _loading(name):
             model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
     return (model if device is None else model.to(device)).eval()
 
@@ -121,7 +121,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     base = adapter_base(place)
     if base is not None and not (Path(place) / "tokenizer_config.json").is_file():
         return load_tokenizer(base)
-    with _quiet(), _loading(name):
+    with quiet(), _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(place)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -132,7 +132,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def skeleton(name: str) -> nn.Module:
     """The model on the meta device: every module and shape, no weights. For a base model, not an adapter."""
-    with _quiet(), _loading(name):
+    with quiet(), _loading(name):
         config = AutoConfig.from_pretrained(resolve(name))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -164,6 +164,31 @@ def portable_name(name: str) -> str:
     return name
 
 
+def fingerprint(name: str) -> str:
+    """Names the weights, however their place is spelled: the last part of the name, and a hash.
+
+    Of a folder the hash is over its configuration and weight files, by content up to 512 MiB a file and by size and
+    time of change beyond, and over the base model's of an adapter; of a hub id it is the revision.
+    """
+    place = resolve(name)
+    folder = Path(place)
+    if not folder.is_dir():
+        with quiet(), _loading(name):
+            revision = getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
+        return f"{place} ({revision or 'unknown revision'})"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):
+            status = file.stat()
+            content = _sha256(file) if status.st_size <= 1 << 29 else f"{status.st_size} {status.st_mtime_ns}"
+            digest.update(f"{file.name} {content}\n".encode())
+    base = adapter_base(place)
+    if base is not None:
+        digest.update(fingerprint(base).encode())
+    label = name if name in ALIASES else Path(name).expanduser().resolve().name
+    return f"{label} ({digest.hexdigest()[:12]})"
+
+
 def identity(name: str) -> dict[str, Any]:
     """Where the weights come from, for the record of a run: the name, and what is known of their source
     (of the package) or revision (on the hub)."""
@@ -172,7 +197,7 @@ def identity(name: str) -> dict[str, Any]:
     source = Path(place) / SOURCE_FILE
     if source.is_file():
         record["source"] = json.loads(source.read_text(encoding="utf-8"))
-    with _quiet(), _loading(name):
+    with quiet(), _loading(name):
         revision = getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
     if revision is not None:
         record["revision"] = revision
@@ -220,7 +245,7 @@ def _converted(name: str, alias: Alias) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -281,8 +306,8 @@ def wrapping() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model loads; its errors still come."""
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers while a model is read or written; its errors still come."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

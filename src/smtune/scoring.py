@@ -242,7 +242,7 @@ def score(
     if batches is None:
         raise InputError(f"Expected batches for the criterion {criterion!r}. Got None.")
 
-    device = torch.device(accumulator_device) if accumulator_device is not None else None
+    device = _device(accumulator_device)
     accumulators = {name: _ACCUMULATORS[criterion](target, device) for name, target in targets.items()}
     seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
     if seen == 0:
@@ -257,6 +257,14 @@ def score(
         )
     scores = {name: _to_host(accumulator.value()) for name, accumulator in accumulators.items()}
     return Scores(scores, block_size=block_size, criterion=criterion, batches_seen=seen)
+
+
+def _device(name: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if name is None else torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"Expected accumulator_device to be a device here. Got {str(name)!r}: {reason}") from None
 
 
 def _run(

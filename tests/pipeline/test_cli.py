@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -69,12 +71,13 @@ def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
     out, err = run(capsys, "train", config)
     assert "Trained run/adapter" in err
     assert "AddSub" in out
-    kept = (tmp_path / "run/evaluation/generate/items.jsonl").read_text().splitlines()
+    kept = (tmp_path / "run/evaluation/generate-float32/items.jsonl").read_text().splitlines()
     assert len(kept) == TASK_ITEMS + 1
 
-    # evaluating again finds everything done
-    out, err = run(capsys, "evaluate", "run", "--tasks", "addsub", "--source", tmp_path / "tests")
-    assert (tmp_path / "run/evaluation/generate/items.jsonl").read_text().splitlines() == kept
+    # evaluating again finds everything done, however the place is spelled
+    for place in ("run", "run/", "./run", tmp_path / "run"):
+        out, err = run(capsys, "evaluate", place, "--tasks", "addsub", "--source", tmp_path / "tests")
+        assert (tmp_path / "run/evaluation/generate-float32/items.jsonl").read_text().splitlines() == kept
 
     out, err = run(capsys, "inspect", "run")
     assert "q_proj" in out
@@ -106,12 +109,8 @@ def test_select_then_train_with_the_plan(config, capsys, tmp_path):
     plan = smtune.Plan.load("plan.json")
     assert plan.n_blocks == 12
     assert plan.batches_seen == 3
-    assert "smt.plan=plan.json" in err
-    # what a plan has decided must not be asked for again
-    values = yaml.safe_load(config.read_text())
-    values["smt"] = {"plan": "plan.json"}
-    config.write_text(yaml.safe_dump(values))
-    run(capsys, "train", config)
+    printed = shlex.split(err[err.index("smtune train") :])
+    run(capsys, *printed[1:])
     assert smtune.Plan.load("run/plan.json") == plan
     _, err = run(capsys, "select", config, "--output", "plan.json", code=2)
     assert "plan.json exists" in err
@@ -149,6 +148,41 @@ def test_bad_input_is_code_2_without_a_traceback(config, capsys, arguments, mess
     _, err = run(capsys, *arguments, code=2)
     assert message in err
     assert "Traceback" not in err
+
+
+def test_results_of_other_weights_are_not_taken_for_these(config, capsys, tmp_path):
+    run(capsys, "train", config, "evaluation.tasks=[]")
+    run(capsys, "train", config, "evaluation.tasks=[]", "output=other", "training.seed=1")
+    evaluate = ("evaluate", "run", "--tasks", "AddSub", "--source", "tests")
+    run(capsys, *evaluate)
+    shutil.copy("other/adapter/adapter_model.safetensors", "run/adapter/adapter_model.safetensors")
+    shutil.copy("other/adapter/adapter_config.json", "run/adapter/adapter_config.json")
+    _, err = run(capsys, *evaluate, code=2)
+    assert "Got those of another: model" in err
+
+
+def test_what_evaluation_would_refuse_is_refused_before_training(config, capsys, tmp_path):
+    for change, message in (
+        ("evaluation.protocol=likelihood", "tasks with options"),
+        ("evaluation.tasks=[AddSub, boolq]", "boolq"),
+        ("evaluation={tasks: [boolq, gsm8k, piqa]}", "for boolq, piqa: the package carries"),
+    ):
+        _, err = run(capsys, "train", config, change, code=2)
+        assert message in err
+    (tmp_path / "tests/AddSub.jsonl").write_text('{"instruction": "1 + 1", "answer": "two"}')
+    _, err = run(capsys, "train", config, "--dry-run", code=2)
+    assert '"answer" to be a number' in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_that_cannot_be_written_is_bad_input(config, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ["inspect", "file", "--output", "x"],
+        ["train", config, "output=file/run"],
+        ["evaluate", "x", "--tasks", "arithmetic", "--output", "file"],
+    ):
+        run(capsys, *arguments, code=2)
 
 
 def test_merging_a_whole_model_or_into_a_full_folder(config, base, capsys, tmp_path):

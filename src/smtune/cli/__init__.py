@@ -1,12 +1,13 @@
 """The command line: parse, wire, exit codes.
 
-Exit codes: 0 done, 2 bad input, 1 a fault of ours. Bad input is told in a message without a traceback; `--debug`
-shows it. Heavy imports stand inside the commands, so that `--help` answers at once.
+Exit codes: 0 done, 2 bad input, 1 a fault of ours, 130 stopped from the keyboard. Bad input is told in a message
+without a traceback; `--debug` shows it. The upper layers are imported inside the commands that need them.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
+
 console = Console(stderr=True, highlight=False)
 """Progress and messages; results go to the standard output."""
 
@@ -58,7 +61,8 @@ def select(
     plan = select_plan(load_config(config, overrides or []), console)
     plan.save(output)
     Console().print(plan_table(plan))
-    console.print(f"Wrote {output}. Train it: smtune train {config} smt.plan={output}")
+    command = shlex.join(["smtune", "train", str(config), *(overrides or []), f"smt={{plan: {output}}}"])
+    console.print(f"Wrote {output}. Train it:\n  {command}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -72,16 +76,19 @@ def train(
     from smtune import training
 
     checked = training.load_config(config, overrides or [])
-    items = _items(checked.evaluation.tasks, checked.evaluation.source, checked.evaluation.limit)
+    options = checked.evaluation
+    items = _items(options.tasks, options.source, options.limit, options.protocol) if options.tasks else []
     if dry_run:
-        Console().print(training.dry_run(checked))
+        Console().print(training.dry_run(checked, resume=resume))
+        if items:
+            Console().print(f"Then {len(items):,} test items by {options.protocol}, into {checked.output}/evaluation/")
         return
     result = training.train(checked, resume=resume, console=console)
+    if not is_main_process():
+        return
     console.print(f"Trained {result.trained} in {result.seconds:.0f} s, loss {result.loss:.4f}")
     if items:
-        options = checked.evaluation
-        output = Path(result.folder) / "evaluation" / options.protocol
-        _evaluate(result.folder, items, options.protocol, options.batch_size, checked.dtype, output)
+        _evaluate(result.folder, items, options.protocol, options.batch_size, checked.dtype, None)
 
 
 @app.command()
@@ -96,28 +103,56 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: beside the model's run.")] = None,
 ) -> None:
     """Measure accuracy with intervals; a call that was cut short goes on where it stopped."""
-    items = _items([name.strip() for name in tasks.split(",") if name.strip()], source, limit)
-    if output is None:
-        place = Path(model)
-        output = (place if place.is_dir() else Path(model.replace("/", "--"))) / "evaluation" / protocol
-    _evaluate(model, items, protocol, batch_size, dtype, output)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError("Expected --tasks with names of tasks or groups, such as gsm8k,boolq. Got none.")
+    _evaluate(model, _items(names, source, limit, protocol), protocol, batch_size, dtype, output)
 
 
-def _items(tasks: list[str], source: str | None, limit: int | None) -> list[Any]:
-    from smtune.evaluation import load_items, resolve_tasks
+def is_main_process() -> bool:
+    """Whether this process writes, of those that a launcher has started."""
+    from accelerate import PartialState
 
-    return [item for task in resolve_tasks(tasks) for item in load_items(task, source, limit)] if tasks else []
+    return PartialState().is_main_process
 
 
-def _evaluate(model: str, items: list[Any], protocol: str, batch_size: int, dtype: str, output: Path) -> Evaluation:
+def _items(tasks: list[str], source: str | None, limit: int | None, protocol: str) -> list[Any]:
+    """The test items, all of them readable by the protocol."""
+    from smtune.data import packaged_tests
+    from smtune.evaluation import check, load_items, resolve_tasks
+
+    chosen = resolve_tasks(tasks)
+    packaged = {path.stem for path in packaged_tests().glob("*.jsonl")}
+    absent = [task.name for task in chosen if source is None and task.name not in packaged]
+    if absent:
+        raise InputError(
+            f"Expected --source (evaluation.source in a configuration) for {', '.join(absent)}: the package carries "
+            f"test items of {', '.join(sorted(packaged))} only. `git clone "
+            "https://github.com/AGI-Edgerunners/LLM-Adapters` has all sets: give its folder `dataset`."
+        )
+    items = [item for task in chosen for item in load_items(task, source, limit)]
+    check(items, protocol)
+    return items
+
+
+def _evaluate(
+    model: str, items: list[Any], protocol: str, batch_size: int, dtype: str, output: Path | None
+) -> Evaluation:
     """Load, merge (a merged adapter computes the same at no cost), evaluate, print, keep every item's output."""
+    import torch
     from rich.progress import Progress
 
     from smtune.evaluation import evaluate as evaluate_items
     from smtune.evaluation import summary_table
-    from smtune.models import load_model, load_tokenizer
+    from smtune.models import fingerprint, load_model, load_tokenizer
 
-    loaded: Any = load_model(model, dtype)
+    if output is None:
+        place = Path(model) if Path(model).is_dir() else Path("evaluations") / model.replace("/", "--")
+        output = place / "evaluation" / f"{protocol}-{dtype}"
+    if output.exists() and not output.is_dir():
+        raise InputError(f"Expected --output to be a folder. {output} is a file.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    loaded: Any = load_model(model, dtype, device)
     if hasattr(loaded, "merge_and_unload"):
         loaded = loaded.merge_and_unload()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -127,7 +162,7 @@ def _evaluate(model: str, items: list[Any], protocol: str, batch_size: int, dtyp
             load_tokenizer(model),
             items,
             protocol=protocol,  # type: ignore[arg-type]
-            model_id=model,
+            model_id=fingerprint(model),
             out_dir=output,
             batch_size=batch_size,
             progress=lambda done, total: bar.update(task, completed=done),
@@ -146,7 +181,7 @@ def merge(
     ] = "float32",
 ) -> None:
     """Write an adapter's blocks into its base model: a plain checkpoint that loads without smtune."""
-    from smtune.models import load_model, load_tokenizer
+    from smtune.models import load_model, load_tokenizer, quiet
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"Expected a new or empty folder. {output} is not: choose another.")
@@ -157,8 +192,9 @@ def merge(
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
-        merged.save_pretrained(temporary)
-        load_tokenizer(adapter).save_pretrained(temporary)
+        with quiet():
+            merged.save_pretrained(temporary)
+            load_tokenizer(adapter).save_pretrained(temporary)
         temporary.chmod(0o755)
         if output.exists():
             output.rmdir()
@@ -178,6 +214,8 @@ def inspect(
 
     plan = _find_plan(path)
     folder = output or (path if path.is_dir() else path.parent) / "figures"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"Expected --output to be a folder. {folder} is a file.")
     Console().print(report.plan_table(plan))
     written = [folder / "blocks.png", folder / "shares.png"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +247,10 @@ def _find_plan(path: Path) -> Plan:
         if file.is_file():
             values = json.loads(file.read_text(encoding="utf-8"))
             if values.get("peft_type") != "SMT":
-                raise InputError(f"Expected an SMT adapter. {file} is of type {values.get('peft_type')}.")
+                raise InputError(
+                    f"Expected an SMT adapter: `inspect` shows where blocks are. {file} is of type "
+                    f"{values.get('peft_type')}."
+                )
             return Plan.from_dict(values.get("plan") or {})
     raise InputError(f"Expected a plan, an adapter or a run. {path} has neither plan.json nor adapter_config.json.")
 
@@ -253,12 +294,19 @@ def run(arguments: list[str], debug: bool = False) -> int:
     try:
         app(arguments)
     except SystemExit as exit:  # how typer ends, after telling what was wrong with the line
+        if exit.code == INTERRUPTED:
+            console.print("smtune: stopped. The same command goes on where it was; for `train`, add --resume.")
         return exit.code if isinstance(exit.code, int) else 1
     except InputError as error:
         if debug:
             traceback.print_exc()
         console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)
         return 2
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        if debug:
+            traceback.print_exc()
+        console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)
+        return 2 if error.filename is not None else 1
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -86,7 +86,7 @@ def _parts(source: Source) -> list[Rows]:
 
 
 def _read(source: str | os.PathLike[str]) -> Rows:
-    name, path = os.fspath(source), Path(source)
+    name, path = os.fspath(source), Path(source).expanduser()
     if name in PACKAGED:
         return PACKAGED[name]()
     if name.startswith("hub:"):

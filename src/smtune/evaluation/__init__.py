@@ -18,7 +18,7 @@ from smtune.evaluation.results import (
     summarise,
     summary_table,
 )
-from smtune.evaluation.run import Evaluation, Protocol, evaluate
+from smtune.evaluation.run import Evaluation, Protocol, check, evaluate
 from smtune.evaluation.statistics import Estimate, PairedDifference, accuracy, paired_difference
 from smtune.evaluation.tasks import GROUPS, TASKS, Choice, Item, Task, choices, load_items, resolve_tasks
 
@@ -36,6 +36,7 @@ __all__ = [
     "Task",
     "TaskSummary",
     "accuracy",
+    "check",
     "choices",
     "compare",
     "comparison_table",

@@ -67,7 +67,7 @@ def evaluate(
     Raises:
         InputError: a task without options under likelihood, or an `out_dir` that holds another run.
     """
-    _check(items, protocol, batch_size, max_new_tokens)
+    check(items, protocol, batch_size, max_new_tokens)
     run: dict[str, Any] = {"protocol": protocol, "model": model_id, "dtype": str(model.dtype).removeprefix("torch.")}
     if protocol == "generate":
         run["max_new_tokens"] = max_new_tokens or "by task"
@@ -96,12 +96,15 @@ def evaluate(
 
     ordered = [done[item.key] for item in items]
     summary = results_.summarise(ordered, run)
-    if folder:
-        results_.write_summary(folder, summary)
+    if folder:  # whose summary speaks of everything in it, other tasks of earlier calls included
+        results_.write_summary(folder, results_.summarise(done.values(), run))
     return Evaluation(ordered, summary)
 
 
-def _check(items: Sequence[Item], protocol: str, batch_size: int, max_new_tokens: int | None) -> None:
+def check(
+    items: Sequence[Item], protocol: str = "generate", batch_size: int = 1, max_new_tokens: int | None = None
+) -> None:
+    """Raises InputError for what `evaluate` would refuse, so that it can be known before a model is trained."""
     if protocol not in get_args(Protocol):
         hint = did_you_mean(protocol, get_args(Protocol))
         raise InputError(f'Expected a protocol, "generate" or "likelihood". Got "{protocol}".{hint}')
@@ -114,7 +117,7 @@ def _check(items: Sequence[Item], protocol: str, batch_size: int, max_new_tokens
     if protocol == "likelihood":
         without = sorted({item.task.name for item in items if not item.task.has_options})
         if without:
-            raise InputError(f'Expected tasks with options for "likelihood". Got {without}: use "generate".')
+            raise InputError(f'Expected tasks with options for "likelihood". Got {", ".join(without)}: use "generate".')
     keys = {item.key for item in items}
     if len(keys) != len(items):
         raise InputError(f"Expected distinct items. Got {len(items) - len(keys)} repeated ones.")

@@ -186,7 +186,23 @@ def _item(task: Task, index: int, record: Any, source: str | Path) -> Item:
         raise InputError(
             f'Expected "instruction" and "answer" in {source}, record {index + 1}. Got the fields {sorted(fields)}.'
         )
-    return Item(task, index, fields["instruction"], fields.get("input") or "", str(answer).strip())
+    answer = str(answer).strip()
+    if not _is_answer(task, answer):
+        expected = {"number": "a number", "letter": "a letter A to E", "label": "a label"}[task.kind]
+        raise InputError(f'Expected "answer" to be {expected} in {source}, record {index + 1}. Got {answer!r}.')
+    extra = fields.get("input") or ""
+    if not isinstance(extra, str):
+        raise InputError(f'Expected "input" to be a string in {source}, record {index + 1}. Got {extra!r}.')
+    return Item(task, index, fields["instruction"], extra, answer)
+
+
+def _is_answer(task: Task, answer: str) -> bool:
+    """Whether it is an answer of the task's kind, so that predictions can be compared with it."""
+    if task.kind == "number":
+        return re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?", answer) is not None
+    if task.kind == "letter":
+        return answer.upper() in LETTERS
+    return re.fullmatch(rf"{task.stem}\d+" if task.stem else "true|false", answer.lower()) is not None
 
 
 @dataclass(frozen=True)

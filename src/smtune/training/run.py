@@ -235,7 +235,7 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     return _score(model, dataset, tokenizer, config, smt_config, console or Console(stderr=True))
 
 
-def dry_run(config: TrainConfig) -> WorkPlan:
+def dry_run(config: TrainConfig, resume: bool = False) -> WorkPlan:
     """Check all that can be checked without the weights, and say what `train` would do. Writes no run folder.
 
     The model is built on the meta device. Its configuration and tokenizer may be fetched into the user's cache.
@@ -246,7 +246,7 @@ def dry_run(config: TrainConfig) -> WorkPlan:
     config = config.resolved()
     folder = RunFolder(config.output)
     _check_trackers(config)
-    folder.check_start(config, resume=False)
+    folder.check_start(config, resume)
     tokenizer = load_tokenizer(config.model)
     dataset, _, summary = _load_data(config, tokenizer)
     model = skeleton(config.model)
@@ -317,6 +317,7 @@ def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 def _file_sha256(path: Path) -> str | None:
     """None for what is no file: packaged data, or the hub's."""
+    path = path.expanduser()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
