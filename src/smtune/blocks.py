@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -53,6 +52,10 @@ class BlockIndex:
     Args:
         grid: the grid the blocks belong to.
         rows, cols: (m,) int64 on the CPU. `on(device)` gives them elsewhere.
+    Attributes:
+        pairs: the blocks as (row, col) integers on the host, for loops that must not synchronise with a device.
+        used_cols: the distinct block columns, ascending: the part of the input that the block gradients need.
+        compact_pairs: `pairs`, with each column replaced by its position in `used_cols`.
     Raises:
         InputError: unequal lengths, a block outside the grid, or a block named twice.
     """
@@ -60,6 +63,10 @@ class BlockIndex:
     grid: BlockGrid
     rows: Tensor
     cols: Tensor
+    pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    used_cols: tuple[int, ...] = field(init=False, repr=False)
+    compact_pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    _on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         n_rows, n_cols = self.grid.shape
@@ -67,6 +74,12 @@ class BlockIndex:
             raise InputError(
                 f"Expected rows and cols of one length. Got {tuple(self.rows.shape)} and {tuple(self.cols.shape)}."
             )
+        # Computed here and not on demand: compilers cannot trace through a lazy property.
+        object.__setattr__(self, "pairs", tuple(zip(self.rows.tolist(), self.cols.tolist())))
+        object.__setattr__(self, "used_cols", tuple(sorted({col for _, col in self.pairs})))
+        position = {col: k for k, col in enumerate(self.used_cols)}
+        object.__setattr__(self, "compact_pairs", tuple((row, position[col]) for row, col in self.pairs))
+        object.__setattr__(self, "_on", {})
         for row, col in self.pairs:
             if not (0 <= row < n_rows and 0 <= col < n_cols):
                 raise InputError(
@@ -81,44 +94,24 @@ class BlockIndex:
     def from_pairs(cls, grid: BlockGrid, pairs: Iterable[tuple[int, int]]) -> BlockIndex:
         """The index of the (row, col) pairs, in the order given."""
         pairs = list(pairs)
-        rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
-        cols = torch.tensor([col for _, col in pairs], dtype=torch.int64)
+        rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64, device="cpu")
+        cols = torch.tensor([col for _, col in pairs], dtype=torch.int64, device="cpu")
         return cls(grid, rows, cols)
 
     def __len__(self) -> int:
         return self.rows.numel()
 
-    @cached_property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The blocks as (row, col) integers on the host, for loops that must not synchronise with a device."""
-        return tuple(zip(self.rows.tolist(), self.cols.tolist()))
-
-    @cached_property
-    def used_cols(self) -> tuple[int, ...]:
-        """The distinct block columns, ascending: the part of the input that the block gradients need."""
-        return tuple(sorted({col for _, col in self.pairs}))
-
     @property
     def uses_every_col(self) -> bool:
         return len(self.used_cols) == self.grid.shape[1]
 
-    @cached_property
-    def compact_pairs(self) -> tuple[tuple[int, int], ...]:
-        """`pairs`, with each column replaced by its position in `used_cols`."""
-        position = {col: k for k, col in enumerate(self.used_cols)}
-        return tuple((row, position[col]) for row, col in self.pairs)
-
-    @cached_property
-    def _tensors(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
-        return {}
-
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, cols, used_cols) as int64 on `device`; copied there once."""
-        if device not in self._tensors:
+        if device not in self._on:
             with torch.inference_mode(False):  # kept for later uses, which may be in training
-                used = torch.tensor(self.used_cols, dtype=torch.int64)
-                self._tensors[device] = (self.rows.to(device), self.cols.to(device), used.to(device))
-        return self._tensors[device]
+                used = torch.tensor(self.used_cols, dtype=torch.int64, device="cpu")
+                self._on[device] = (self.rows.to(device), self.cols.to(device), used.to(device))
+        return self._on[device]
 
     def __deepcopy__(self, memo: dict) -> BlockIndex:
         return self  # immutable

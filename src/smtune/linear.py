@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smtune.blocks import BlockIndex
-from smtune.kernels import block_grad, block_grad_compact, block_product_
+from smtune.kernels import block_grad, block_grad_compact, block_product_, flatten
 
 
 def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex) -> Tensor:
@@ -35,7 +35,8 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor,
     Returns:
         (..., O) in x's dtype (autocast's under autocast).
     Cost: 2·N·O·I FLOP forward; the same for dX, plus 2·N·m·l², backward.
-    Saves: W by reference and N·U·l values of x, U the number of distinct block columns.
+    Saves: W by reference and N·U·l values of x, U the number of distinct block columns. Under autocast W is cast
+        again in the backward rather than kept as a second copy.
     """
     x = _autocast(x)
     if not (torch.is_grad_enabled() and blocks.requires_grad):
@@ -69,7 +70,7 @@ class _BlockLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ weight.to(grad_y.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_y.flatten(0, -2).sum(0)
+            grad_bias = flatten(grad_y).sum(0)
         if ctx.needs_input_grad[3]:
             grad_blocks = block_grad_compact(grad_y, x_used, ctx.index).to(ctx.blocks_dtype)
         return grad_x, None, grad_bias, grad_blocks, None, None
@@ -88,13 +89,14 @@ def additive_block_linear(y: Tensor, x: Tensor, blocks: Tensor, index: BlockInde
     Cost: 2·N·m·l² FLOP forward, twice that backward.
     Saves: the blocks by reference and N·U·l values of x.
     """
-    return _AdditiveBlockLinear.apply(y, x.to(y.dtype), blocks, index)
+    x = x.to(y.dtype)
+    learns = torch.is_grad_enabled() and blocks.requires_grad
+    return _AdditiveBlockLinear.apply(y, x, blocks, used_columns(x, index) if learns else None, index)
 
 
 class _AdditiveBlockLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, blocks, index):
-        x_used = used_columns(x, index) if ctx.needs_input_grad[2] else None
+    def forward(ctx, y, x, blocks, x_used, index):
         ctx.save_for_backward(blocks, x_used)
         ctx.index = index
         out = y.clone(memory_format=torch.contiguous_format)
@@ -112,7 +114,7 @@ class _AdditiveBlockLinear(torch.autograd.Function):
             block_product_(grad_x, grad_y, blocks, index, transpose=True)
         if ctx.needs_input_grad[2]:
             grad_blocks = block_grad_compact(grad_y, x_used, index).to(blocks.dtype)
-        return grad_y, grad_x, grad_blocks, None
+        return grad_y, grad_x, grad_blocks, None, None
 
 
 def block_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex) -> Tensor:

@@ -96,6 +96,10 @@ class _Accumulator:
     def value(self) -> Tensor:
         raise NotImplementedError
 
+    def shape(self) -> tuple[int, ...]:
+        """Of `total`."""
+        return self.target.grid.shape
+
     @property
     def sum(self) -> Tensor:
         assert self.total is not None
@@ -103,13 +107,16 @@ class _Accumulator:
 
     def _add(self, term: Tensor) -> None:
         term = term.to(self.device or term.device, torch.promote_types(term.dtype, torch.float32))
-        self.total = term.clone() if self.total is None else self.total.add_(term)
+        self.total = term if self.total is None else self.total.add_(term)
 
     def _tiles(self, dense_OI: Tensor) -> Tensor:
         return tile(dense_OI, self.target.grid.block_size)
 
 
 class _AbsOfSum(_Accumulator):
+    def shape(self) -> tuple[int, ...]:
+        return self.target.grid.out_features, self.target.grid.in_features
+
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
         total = self.total
         if total is not None and total.device == x_NI.device and total.dtype == x_NI.dtype:
@@ -166,6 +173,9 @@ class _Fisher(_PerBatch):
 
 class _Activation(_Accumulator):
     needs_backward = False
+
+    def shape(self) -> tuple[int, ...]:
+        return (self.target.grid.in_features,)
 
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
         self._add(x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0))
@@ -244,10 +254,15 @@ def score(
 
     device = _device(accumulator_device)
     accumulators = {name: _ACCUMULATORS[criterion](target, device) for name, target in targets.items()}
-    seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
-    if seen == 0:
-        raise InputError("Expected at least one batch to score with. Got an empty iterable.")
-    seen = _sum_over_ranks(accumulators, seen)
+    seen = 0
+    failure: Exception | None = None
+    try:
+        seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
+        if seen == 0:
+            raise InputError("Expected at least one batch to score with. Got an empty iterable.")
+    except Exception as error:
+        failure = error
+    seen = _sum_over_ranks(accumulators, seen, failure)  # raises the failure, on every rank
     missing = [name for name, accumulator in accumulators.items() if accumulator.total is None]
     if missing:
         raise InputError(
@@ -282,6 +297,11 @@ def _run(
             for accumulator in accumulators.values():
                 accumulator.batch = seen
             loss = _loss(model, batch, device, seen)
+            if needs_backward and not loss.requires_grad:
+                raise InputError(
+                    "Expected the loss to depend on a targeted layer. Got one that does not: is the forward run "
+                    "without gradients, or are the targets no part of it?"
+                )
             if needs_backward:
                 loss.backward()
             if on_batch is not None:
@@ -321,13 +341,17 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, y, x, anchor, fold):
         ctx.save_for_backward(x)
         ctx.fold = fold
-        return y.view_as(y)
+        # The model may change the output in place, which autograd forbids for a view made by a custom function.
+        if y._is_view():
+            return y.clone()
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx, *grads):
         (grad_y,) = grads
         (x,) = ctx.saved_tensors
-        ctx.fold(grad_y.flatten(0, -2), x.to(grad_y.device, grad_y.dtype).flatten(0, -2))
+        ctx.fold(_flat(grad_y), _flat(x.to(grad_y.device, grad_y.dtype)))
         return (grad_y if ctx.needs_input_grad[0] else None), None, None, None
 
 
@@ -352,7 +376,7 @@ def _tap_hook(accumulator: _Accumulator):
         x = (args[0] if args else kwargs["input"]).detach()
         if not accumulator.needs_backward:
             with torch.no_grad():
-                accumulator.fold(y.flatten(0, -2), x.flatten(0, -2))
+                accumulator.fold(_flat(y), _flat(x))
             return None
         if not torch.is_grad_enabled():  # the first, gradient-free pass of reentrant checkpointing
             return None
@@ -367,7 +391,12 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Freeze the model in train mode; afterwards restore modes, flags, gradients, buffers and random states."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
@@ -383,7 +412,8 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for buffer, value in buffers:
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
             random.setstate(python_state)
@@ -391,21 +421,50 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(numpy_state)
 
 
-def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int) -> int:
-    """Add the accumulators of all ranks, one at a time; every rank ends with the same. Returns batches seen by all."""
+def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure: Exception | None) -> int:
+    """Add the accumulators of all ranks, one at a time; every rank ends with the same.
+
+    Every rank takes part in every reduction, also for a layer that none of its batches reached, or ranks would add up
+    different layers. A failure of one rank is raised on all, before any of them waits for it.
+
+    Returns:
+        Batches seen by all ranks.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if failure is not None:
+            raise failure
         return seen
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    for accumulator in accumulators.values():
-        total = accumulator.total
-        if total is None:
+    on_device = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
+    names = list(accumulators)
+    reached = [int(accumulators[name].total is not None) for name in names]
+    counts = torch.tensor([seen, int(failure is not None), *reached], device=device)
+    dist.all_reduce(counts)
+    seen, failures, *reached = counts.tolist()
+    if failure is not None:
+        raise failure
+    if failures:
+        raise InputError(
+            f"Expected every rank to score its batches. {failures} of the others failed: see their errors."
+        )
+    for name, ranks in zip(names, reached):
+        accumulator = accumulators[name]
+        if not ranks:
             continue
-        moved = total.to(device) if device is not None else total.cpu()
+        total = accumulator.total
+        is_double = any(p.dtype == torch.float64 for p in accumulator.target.module.parameters())
+        dtype = torch.float64 if is_double else torch.float32
+        moved = torch.zeros(accumulator.shape(), dtype=dtype, device=device)
+        if total is not None:
+            moved += total.to(device)
         dist.all_reduce(moved)
-        total.copy_(moved)
-    count = torch.tensor(seen, device=device)
-    dist.all_reduce(count)
-    return int(count)
+        accumulator.total = moved.to(total.device) if total is not None else moved
+    return seen
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., F) as (N, F)."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _to_host(scores: Tensor) -> Tensor:

@@ -106,8 +106,9 @@ class Plan:
         return self._index(self.modules[name])
 
     def _index(self, module: ModulePlan) -> BlockIndex:
-        grid = BlockGrid(*module.shape, self.block_size)
-        return BlockIndex.from_pairs(grid, list(zip(module.rows, module.cols, strict=True)))
+        if len(module.rows) != len(module.cols):
+            raise InputError(f"Expected a row and a column for each block. Got {module.rows} and {module.cols}.")
+        return BlockIndex.from_pairs(BlockGrid(*module.shape, self.block_size), list(zip(module.rows, module.cols)))
 
     def shuffled(self, seed: int) -> Plan:
         """A control: the same number of blocks in every matrix, at uniformly random places."""
@@ -247,7 +248,7 @@ def check_policy(policy: str, shares: Mapping[str, float] | None) -> None:
             'Expected `shares` with the policy "shares" and only with it, such as {"attention": 0.75, "mlp": 0.25}. '
             f"Got policy {policy!r} with shares {shares!r}."
         )
-    if shares and (min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9):
+    if shares and not (min(shares.values()) >= 0 and sum(shares.values()) <= 1 + 1e-9):  # nan fails both
         raise InputError(f"Expected shares that are not negative and sum to at most 1. Got {dict(shares)}.")
 
 
@@ -276,6 +277,8 @@ def select(
     """
     check_budget(budget)
     check_policy(policy, shares)
+    if not scores:
+        raise InputError("Expected scores of at least one module. Got none.")
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             raise InputError(f"Expected finite scores. Got one that is not in {name}: the gradients overflowed.")
@@ -299,6 +302,7 @@ def select(
         chosen = {name: _best(scores, [name], each)[name] for name in names}
     else:
         chosen = {name: [] for name in names}
+        grouped: set[str] = set()
         for group, share in (shares or {}).items():
             members = [name for name in names if _belongs(name, group)]
             if not members:
@@ -307,9 +311,14 @@ def select(
                     f"Expected shares of groups that are targeted. Got {group!r}, which none of "
                     f"{', '.join(projections)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *projections])
                 )
-            if any(chosen[name] for name in members):
+            if grouped.intersection(members):
                 raise InputError(f"Expected groups that do not overlap. Got {', '.join(shares or {})}.")
+            grouped.update(members)
             chosen.update(_best(scores, members, math.floor(share * count + 1e-9)))
+        if not any(chosen.values()):
+            raise InputError(
+                f"Expected shares that buy at least one block. Got {dict(shares or {})} of {count} blocks."
+            )
     return {name: _to_index(scores[name], chosen[name], block_size) for name in names}
 
 

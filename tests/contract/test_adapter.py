@@ -375,6 +375,150 @@ def test_a_late_backward_does_not_leave_blocks_behind():
     assert same(weights(model), base)
 
 
+def test_parameters_copied_into_a_model_that_never_ran():
+    """Averaging and weight synchronisation copy parameters as they stand in memory, resident blocks included."""
+    source = make_trained()
+    expected = logits(source)
+    copied = peft.get_peft_model(make_base(), make_config()).eval()
+    for theirs, ours in zip(copied.parameters(), source.parameters()):
+        theirs.data.copy_(ours.data)
+    assert torch.equal(logits(copied), expected)
+    averaged = torch.optim.swa_utils.AveragedModel(peft.get_peft_model(make_base(), make_config()))
+    averaged.update_parameters(source)
+    assert torch.equal(logits(averaged.eval()), expected)
+
+
+def test_an_adapter_added_between_forward_and_backward():
+    expected = make_trained().train()
+    expected(**BATCH).loss.backward()
+    model = make_trained().train()
+    loss = model(**BATCH).loss
+    model.add_adapter("other", make_config(seed=1, budget=20))
+    loss.backward()
+    assert same(*({n: p.grad for n, p in m.named_parameters() if ".default." in n} for m in (model, expected)))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_training_step_compiles_to_one_graph(mode):
+    eager = peft.get_peft_model(make_base().train(), make_config(mode=mode))
+    compiled = peft.get_peft_model(make_base().train(), make_config(mode=mode))
+    step = torch.compile(
+        lambda ids: compiled(input_ids=ids, labels=ids, use_cache=False).loss, fullgraph=True, backend="aot_eager"
+    )
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (eager, compiled)]
+    for _ in range(3):
+        losses = [eager(**BATCH).loss, step(IDS)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        for loss, optimizer in zip(losses, optimizers):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# Layers that cannot be written into -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_tied_weight_is_not_written_into():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    embedding = base.model.embed_tokens.weight.detach().clone()
+    head = base.lm_head.weight.detach().clone()
+    config = make_config(target_modules=["lm_head"], init_weights=False, budget=5)
+    model = peft.get_peft_model(base, config).eval()
+    (layer,) = layers(model)
+    assert not layer.resident
+    hidden = torch.randn(3, 64)
+    expected = hidden @ (head + layer.get_delta_weight("default")).T
+    torch.testing.assert_close(layer(hidden), expected)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    with pytest.raises(InputError, match="shared with another module"):
+        peft.get_peft_model(base, make_config(target_modules=["lm_head"], mode="resident"), adapter_name="b")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.q_proj(x)
+
+
+def small_config(**changes):
+    return SMTConfig(
+        **(
+            {"target_modules": ["q_proj"], "block_size": 2, "budget": 3, "criterion": "random", "init_weights": False}
+            | changes
+        )
+    )
+
+
+def test_hooks_and_forwards_of_the_base_layer_are_kept():
+    calls = []
+    x = torch.randn(3, 4)
+    for change in ("hook", "later hook", "forward"):
+        model = Small()
+        if change == "hook":
+            model.q_proj.register_forward_hook(lambda *a: calls.append("hook"))
+        if change == "forward":
+            original = model.q_proj.forward
+            model.q_proj.forward = lambda x, original=original: 2 * original(x)
+        base = model(x).detach()
+        adapted = peft.get_peft_model(model, small_config())
+        adapted(x)
+        if change == "later hook":
+            adapted.base_model.model.q_proj.base_layer.register_forward_hook(lambda *a: calls.append("later hook"))
+        calls.clear()
+        delta = adapted.base_model.model.q_proj.get_delta_weight("default")
+        torch.testing.assert_close(adapted(x), base + x @ delta.T)
+        assert calls == ([] if change == "forward" else [change])
+
+
+def test_a_parametrised_weight_is_adapted_beside_it():
+    model = Small()
+    torch.nn.utils.parametrizations.weight_norm(model.q_proj)
+    x = torch.randn(3, 4)
+    base = model(x).detach()
+    adapted = peft.get_peft_model(model, small_config())
+    delta = adapted.base_model.model.q_proj.get_delta_weight("default")
+    torch.testing.assert_close(adapted(x), base + x @ delta.T)
+
+
+def test_what_is_never_called_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    with pytest.raises(InputError, match="inside an nn.MultiheadAttention"):
+        peft.get_peft_model(model, small_config(target_modules=["out_proj"]))
+
+
+def test_an_offloaded_model_computes_the_same():
+    from accelerate import cpu_offload
+
+    model = make_trained()
+    expected = logits(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrapping_under_a_default_device():
+    plan = smtune.make_plan(make_base(), None, make_config())
+    model = make_base().to("meta")
+    with torch.device("meta"):
+        wrapped = peft.get_peft_model(model, make_config().with_plan(plan))
+    assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == 12 * 16**2
+
+
+def test_a_second_plan_by_weight_reads_the_base():
+    config = {"criterion": "weight", "budget": 20}
+    expected = smtune.make_plan(make_base(), None, make_config(**config))
+    model = make_trained()
+    logits(model)
+    model.add_adapter("other", make_config(**config))
+    assert model.peft_config["other"].get_plan().modules == expected.modules
+
+
 # Switching and merging -------------------------------------------------------------------------------------------
 
 
@@ -589,6 +733,14 @@ def test_safe_merge_refuses_what_is_not_finite():
     assert not layer.merged
 
 
+def test_safe_merge_looks_at_the_result():
+    model = make_trained(torch.float16)
+    layer = layers(model)[0]
+    layer.smt_blocks["default"].weight.data[0, 0, 0] = 1e6  # finite, but not in fp16
+    with pytest.raises(ValueError, match="infinity.*float16 too narrow"):
+        layer.merge(safe_merge=True)
+
+
 def test_mixed_batches_are_refused_rather_than_ignored():
     with pytest.raises(InputError, match="one adapter for the whole batch"):
         make_trained()(input_ids=IDS, adapter_names=["default", "__base__"])
@@ -660,6 +812,14 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="trains other blocks"):
         model.load_adapter(tmp_path, "default")
+
+
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
+    peft.get_peft_model(make_base(), make_config(target_modules=["k_proj"])).save_pretrained(tmp_path)
+    model = peft.get_peft_model(make_base(), make_config(target_modules=["v_proj"]))
+    with pytest.raises(InputError, match="trains other layers, such as .*k_proj"):
+        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "other")
 
 
 def test_a_state_dict_holds_the_base_and_loads_into_a_fresh_model():

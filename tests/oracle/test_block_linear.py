@@ -291,6 +291,16 @@ def test_compiles_to_one_graph():
     close(blocks.grad, expected, torch.float32)
 
 
+def test_inputs_without_leading_dims_and_without_tokens():
+    x, weight, blocks, index = layer_case()
+    bias = torch.zeros(512, requires_grad=True)
+    for case in (x.detach()[0], x.detach()[:0]):
+        blocks.grad = bias.grad = None
+        block_linear(case, weight, bias, blocks, index).sum().backward()
+        assert torch.allclose(blocks.grad, block_grad_reference(torch.ones(*case.shape[:-1], 512), case, index))
+        assert bias.grad.sum() == (512 if case.dim() == 1 else 0)
+
+
 def test_used_columns_is_a_copy_and_carries_no_gradient():
     x, _, _, index = layer_case()
     columns = used_columns(x, index)

@@ -104,6 +104,8 @@ def test_shares_split_the_budget_between_groups():
         ({"policy": "shares", "shares": {"attention": 0.9, "q_proj": 0.2}}, "sum to at most 1"),
         ({"policy": "shares", "shares": {"attention": 0.5, "q_proj": 0.5}}, "do not overlap"),
         ({"shares": {"attention": 1.0}}, "only with it"),
+        ({"policy": "shares", "shares": {"attention": float("nan")}}, "not negative"),
+        ({"policy": "shares", "shares": {"attention": 0.1}}, "at least one block"),
     ],
 )
 def test_bad_requests(changes, message):

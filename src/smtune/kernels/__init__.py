@@ -5,7 +5,7 @@ selected blocks); `block_product` adds blocks acting beside an untouched weight.
 implementations in this folder. Imports torch and `smtune.blocks` alone.
 """
 
-from smtune.kernels.dispatch import block_grad, block_grad_compact, block_product_
+from smtune.kernels.dispatch import block_grad, block_grad_compact, block_product_, flatten
 from smtune.kernels.reference import block_grad_reference, block_product_reference
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "block_grad_reference",
     "block_product_",
     "block_product_reference",
+    "flatten",
 ]

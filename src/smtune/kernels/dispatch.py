@@ -49,7 +49,12 @@ def block_grad_compact(grad_y_NO: Tensor, x_used: Tensor, index: BlockIndex) -> 
 
 def _block_grad(grad_y: Tensor, x: Tensor, pairs: Sequence[tuple[int, int]], block_size: int) -> Tensor:
     rows, cols = [row for row, _ in pairs], [col for _, col in pairs]
-    return _block_grad_op(grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]), rows, cols, block_size)
+    return _block_grad_op(flatten(grad_y), flatten(x), rows, cols, block_size)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """(..., F) as (N, F): any leading dims, none included, and any of them empty."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 @torch.library.custom_op("smtune::block_grad", mutates_args=())
@@ -77,6 +82,6 @@ def block_product_(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, tran
         blocks: (m, l, l) in index order, cast to y's dtype.
     Cost: 2·N·m·l² FLOP; no (O, I) tensor.
     """
-    y_flat, x_flat = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    y_flat, x_flat = y.view(y.shape[:-1].numel(), y.shape[-1]), flatten(x)
     block_product_loop_(y_flat, x_flat, blocks.to(y.dtype), index.pairs, transpose)
     return y

@@ -1,7 +1,7 @@
 """One GEMM per block (or per row of blocks), on strided views. Runs on every device; the floor on CPUs.
 
 Measured on 2 CPU cores at 4096², 2048 tokens, fp32, m = 8 blocks of 256²: ideal 11.8 ms, this 13.4 ms, gather and
-`bmm` 21.7 ms, covering rectangle 51 ms. 16-bit operands are widened to fp32 one row of blocks at a time: the products
+`bmm` 21.7 ms, covering rectangle 51 ms. 16-bit operands are widened to fp32, dY one row of blocks at a time: products
 are then exactly fp32-accumulated, and a strided 16-bit GEMM is 10-100 times slower than a plain one on CPUs that
 lack native 16-bit arithmetic.
 """

@@ -16,7 +16,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def block_grad_reference(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
     """`dYᵀ X`, whole and in the accumulation dtype, then its blocks: (m, l, l). Leading dims are flattened."""
     dtype = accumulation_dtype(x_NI.dtype)
-    dense_OI = grad_y_NO.flatten(0, -2).to(dtype).T @ x_NI.flatten(0, -2).to(dtype)
+    grad_y_NO, x_NI = (t.reshape(t.shape[:-1].numel(), t.shape[-1]).to(dtype) for t in (grad_y_NO, x_NI))
+    dense_OI = grad_y_NO.T @ x_NI
     return gather(dense_OI, index)
 
 

@@ -53,6 +53,10 @@ class Blocks(nn.Module):
         self.weight = nn.Parameter(weight)
         self.register_buffer("index", torch.stack([places.rows, places.cols], dim=1))
 
+    def forward(self) -> Tensor:
+        """The deltas. Called, not read, so that hooks which bring an offloaded tensor in are run."""
+        return self.weight
+
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         index = state_dict.get(prefix + "index")
         expected = torch.stack([self.places.rows, self.places.cols], dim=1)
@@ -82,14 +86,19 @@ class _ActiveSet:
         names: the adapters, in order of activation.
         index: the union of their blocks.
         slots: for each adapter, the positions of its blocks in `index`; None where they are all of it, in order.
-        positions: those of `index` in the union of all adapters of the layer; None likewise.
     """
 
-    def __init__(self, names: tuple[str, ...], places: Sequence[BlockIndex], all_places: BlockIndex) -> None:
+    def __init__(self, names: tuple[str, ...], places: Sequence[BlockIndex]) -> None:
         self.names = names
         self.index = _union(places)
         self.slots = [_positions(each, self.index) for each in places]
-        self.positions = _positions(self.index, all_places)
+        self._within: tuple[BlockIndex, Tensor | None] | None = None
+
+    def positions(self, all_places: BlockIndex) -> Tensor | None:
+        """Those of `index` among all places of the layer, (U,) int64; None if the two are the same."""
+        if self._within is None or self._within[0] is not all_places:
+            self._within = all_places, _positions(self.index, all_places)
+        return self._within[1]
 
     def total(self, deltas: Sequence[Tensor]) -> Tensor:
         """Σ of the adapters' deltas over `index`, (U, l, l), differentiable in each."""
@@ -127,7 +136,7 @@ class SMTLinear(nn.Module, SMTLayer):
         self._name = name
         self._is_dense = is_dense(base_layer)
         # Resident mode takes the place of the layer's own forward, so it has to be the plain product.
-        can_be_resident = self._is_dense and type(base_layer).forward is nn.Linear.forward
+        can_be_resident = self._is_dense and _is_plain(base_layer)
         if mode == "resident" and not can_be_resident:
             raise InputError(
                 f"Expected a plain nn.Linear with a dense floating weight for resident mode. Got "
@@ -135,7 +144,7 @@ class SMTLinear(nn.Module, SMTLayer):
             )
         self.resident = can_be_resident if mode == "auto" else mode == "resident"
 
-        # The blocks of the base over the union of all adapters; taken when W is first written.
+        # The blocks of the base over the union of all adapters, (U, l, l) in its dtype.
         self.register_buffer("smt_originals", None, persistent=False)
         self._union: BlockIndex | None = None
         self._standing: _ActiveSet | None = None
@@ -144,6 +153,7 @@ class SMTLinear(nn.Module, SMTLayer):
         self._put_aside: list[nn.Module] = []
 
         self.register_state_dict_pre_hook(_restore_base)
+        self.register_load_state_dict_post_hook(_take_originals)
 
     # The adapters -----------------------------------------------------------------------------------------------
 
@@ -154,23 +164,24 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"Expected a plan for a ({self.out_features}, {self.in_features}) weight at {self._name}. Got one for "
                 f"({places.grid.out_features}, {places.grid.in_features})."
             )
-        self._restore()
+        self.restore()
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.smt_blocks[adapter_name] = Blocks(places, dtype, device or torch.device("cpu"), init_weights)
         self._set_union()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._restore()
+        self.restore()
         super().delete_adapter(adapter_name)
         self._set_union()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        self._restore()
+        self.restore()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._adapters(self.active_adapters)  # prepared here, so that a traced forward finds it
 
     def enable_adapters(self, enabled: bool) -> None:
-        self._restore()
+        self.restore()
         super().enable_adapters(enabled)
 
     def _set_union(self) -> None:
@@ -179,15 +190,21 @@ class SMTLinear(nn.Module, SMTLayer):
         places = self._places()
         self._union = _union(places) if places else None
         self._active_set = None
-        if old_union is None or old_originals is None or self._union is None:
-            self.smt_originals = None
+        self.take_originals()
+        originals = self.smt_originals
+        if originals is None or old_union is None or old_originals is None or self._union is None:
             return
-        originals = gather(self.base_layer.weight.data, self._union)
         known = {pair: k for k, pair in enumerate(old_union.pairs)}
         for k, pair in enumerate(self._union.pairs):
             if pair in known:
                 originals[k] = old_originals[known[pair]]
-        self.smt_originals = originals
+
+    def take_originals(self) -> None:
+        """Copy the base's blocks out of W, which must be the base now; nothing from a weight that is elsewhere."""
+        self.smt_originals = None
+        if self._union is not None and self._is_dense and _is_here(self.base_layer.weight):
+            with torch.inference_mode(False):  # kept for later uses, which may be in training
+                self.smt_originals = gather(self.base_layer.weight.data, self._union)
 
     def _adapters(self, names: Sequence[str]) -> _ActiveSet | None:
         """The named adapters that this layer has, as a set; None if it has none of them."""
@@ -195,8 +212,7 @@ class SMTLinear(nn.Module, SMTLayer):
         if not present:
             return None
         if self._active_set is None or self._active_set.names != present:
-            assert self._union is not None
-            self._active_set = _ActiveSet(present, [self._blocks(name).places for name in present], self._union)
+            self._active_set = _ActiveSet(present, [self._blocks(name).places for name in present])
         return self._active_set
 
     def _blocks(self, name: str) -> Blocks:
@@ -208,7 +224,7 @@ class SMTLinear(nn.Module, SMTLayer):
         return [self._blocks(name).places for name in self.smt_blocks]
 
     def _deltas(self, adapters: _ActiveSet) -> list[Tensor]:
-        return [self._blocks(name).weight for name in adapters.names]
+        return [self._blocks(name)() for name in adapters.names]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base's dtype, which would round the deltas to 16 bits on loading.
@@ -222,37 +238,40 @@ class SMTLinear(nn.Module, SMTLayer):
 
     def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
         """Write original + total over the adapters' blocks of W, after taking out whatever else stands there."""
-        if self._standing is not None and self._standing is not adapters:
-            self._restore()
-        self._write(adapters, total)
-        self._standing = adapters
+        if self._standing is not adapters:
+            self.restore()
+        values = self._values(adapters, total)
+        if self._standing is not adapters:
+            self._standing = adapters
+        scatter_(self.base_layer.weight.data, adapters.index, values)
 
-    def _write(self, adapters: _ActiveSet, total: Tensor) -> None:
-        weight = self.base_layer.weight.data
+    def _values(self, adapters: _ActiveSet, total: Tensor) -> Tensor:
+        """round(original + total) at the adapters' blocks, (U, l, l) in the weight's dtype."""
         if self.smt_originals is None:
-            assert self._union is not None
-            with torch.inference_mode(False):  # the first use may be in inference, later ones in training
-                self.smt_originals = gather(weight, self._union)
-        originals = self.smt_originals if adapters.positions is None else self.smt_originals[adapters.positions]
+            self.take_originals()
+        assert self._union is not None
+        assert self.smt_originals is not None
+        positions = adapters.positions(self._union)
+        originals = self.smt_originals if positions is None else self.smt_originals[positions]
         dtype = torch.promote_types(total.dtype, torch.float32)
-        scatter_(weight, adapters.index, originals.to(dtype) + total.detach())
+        return (originals.to(dtype) + total.detach()).to(self.base_layer.weight.dtype)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Take the resident blocks out of W: it is the base again, bit for bit."""
         if self._standing is not None:
             self._write_originals()
             self._standing = None
 
     def _write_originals(self) -> None:
+        if not _is_here(self.base_layer.weight):
+            return  # a sharded weight is gathered anew for its next use
         assert self._union is not None
         assert self.smt_originals is not None
         scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # The base weight may be about to change: what stands in it goes first, and the originals are taken anew.
-        self._restore()
-        if not self.merged:
-            self.smt_originals = None
+        # The base weight may be about to change: what stands in it goes first; the originals are taken anew after.
+        self.restore()
         super()._load_from_state_dict(*args, **kwargs)
 
     # Forward ----------------------------------------------------------------------------------------------------
@@ -265,23 +284,24 @@ class SMTLinear(nn.Module, SMTLayer):
         else:
             adapters = None if self.merged else self._adapters(self.active_adapters)
         if adapters is None:
-            self._restore()
+            self.restore()
             return self._hooked(self.base_layer(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
         weight = self.base_layer.weight
-        if not self.resident or weight.device.type == "meta":  # an offloaded weight cannot be written
+        if not (self.resident and _is_here(weight) and _is_plain(self.base_layer)):
+            self.restore()
             return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, adapters.index)
         self._stand(adapters, total)
         return self._hooked(block_linear(x, weight, self.base_layer.bias, total, adapters.index), adapters, total)
 
     def _hooked(self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None) -> Tensor:
-        """This layer's backward reads W: just before it, make W what the forward saw."""
+        """This layer's backward reads W: just before it, let the blocks of its forward's adapters stand there."""
 
         def before_backward(grad_y: Tensor) -> None:
             if self.merged:
                 return
             if adapters is None or total is None:
-                self._restore()
+                self.restore()
             else:
                 self._stand(adapters, total)
 
@@ -303,17 +323,18 @@ class SMTLinear(nn.Module, SMTLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
         if not names:
             return
-        self._restore()
+        self.restore()
         adapters = self._adapters([*self.merged_adapters, *names])
         assert adapters is not None
         total = adapters.total(self._deltas(adapters))
-        if safe_merge and not torch.isfinite(total).all():
+        values = self._values(adapters, total) if self._is_dense else total
+        if safe_merge and not torch.isfinite(values).all():
             raise ValueError(
-                f"Expected finite deltas. Got NaN or infinity in the merged weights of {', '.join(names)} at "
-                f"{self._name}: the adapter seems to be broken."
+                f"Expected finite weights. Got NaN or infinity on merging {', '.join(names)} at {self._name}: the "
+                f"adapter seems to be broken, or {self.base_layer.weight.dtype} too narrow for it."
             )
         if self._is_dense:
-            self._write(adapters, total)
+            scatter_(self.base_layer.weight.data, adapters.index, values)
         else:
             self._merge_quantised(adapters, total)
         self.merged_adapters.extend(names)
@@ -353,8 +374,11 @@ class SMTLinear(nn.Module, SMTLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer, with the adapters merged or without them. PEFT's own would leave resident blocks in it."""
-        self._restore()
+        """The base layer, with adapters merged, or as it is: the base, or what was merged before.
+
+        PEFT's own would leave resident blocks in it.
+        """
+        self.restore()
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
@@ -371,6 +395,7 @@ def is_dense(layer: nn.Module) -> bool:
     weight: Any = getattr(layer, "weight", None)
     return (
         isinstance(layer, nn.Linear)
+        and layer._parameters.get("weight") is weight  # not the product of a parametrisation
         and type(weight) in (nn.Parameter, Tensor)
         and type(weight.data) is Tensor
         and weight.is_floating_point()
@@ -378,9 +403,30 @@ def is_dense(layer: nn.Module) -> bool:
     )
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is the product of `nn.Linear` and nothing else."""
+    return (
+        type(layer).forward is nn.Linear.forward
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
+def _is_here(weight: Tensor) -> bool:
+    """Whether the whole weight is in memory: not offloaded, nor sharded outside its use."""
+    return type(weight.data) is Tensor and weight.device.type != "meta" and weight.numel() > 0
+
+
+def _take_originals(layer: SMTLinear, keys: Any) -> None:
+    """After a state dict has been loaded; a merged weight keeps the originals it was merged onto."""
+    if not layer.merged:
+        layer.take_originals()
+
+
 def _restore_base(layer: SMTLinear, prefix: str, keep_vars: bool) -> None:
     """A state dict holds the base's weights, not the resident ones: deltas on top of those would count twice."""
-    layer._restore()
+    layer.restore()
 
 
 def _positions(index: BlockIndex, within: BlockIndex) -> Tensor | None:
@@ -389,7 +435,7 @@ def _positions(index: BlockIndex, within: BlockIndex) -> Tensor | None:
         return None
     position = {pair: k for k, pair in enumerate(within.pairs)}
     with torch.inference_mode(False):  # autograd saves it, even if the first use is in inference
-        return torch.tensor([position[pair] for pair in index.pairs])
+        return torch.tensor([position[pair] for pair in index.pairs], device="cpu")
 
 
 def _union(places: Sequence[BlockIndex]) -> BlockIndex:

@@ -92,7 +92,7 @@ class SMTModel(BaseTuner):
         if isinstance(target, SMTLinear):
             target.update_layer(adapter_name, places, peft_config.init_weights)
             return
-        layer = SMTLinear(target, peft_config.mode, current_key)
+        layer = SMTLinear(target, self._mode(peft_config.mode, target, current_key), current_key)
         if quantization_utils is not None and not layer._is_dense:
             options = quantization_utils.get_quantization_kwargs(self.model)
             layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
@@ -102,6 +102,19 @@ class SMTModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _mode(self, mode: str, target: Any, name: str) -> str:
+        """Blocks written into a weight that other modules share, such as tied embeddings, would act in those too."""
+        weight = getattr(target, "weight", None)
+        owners = sum(weight is own for module in self.model.modules() for own in module._parameters.values())
+        if weight is None or owners < 2:
+            return mode
+        if mode == "resident":
+            raise InputError(
+                f"Expected a weight of its own for resident mode. That of {name} is shared with another module: use "
+                'mode="additive", or "auto".'
+            )
+        return "additive"
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
         was_active = adapter_name in self.active_adapters
@@ -110,6 +123,23 @@ class SMTModel(BaseTuner):
         if was_active:
             # PEFT lets each layer choose among its own adapters; layers with other ones would disagree.
             self.set_adapter(remaining or [*self.peft_config][:1])
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
+        """As PEFT does; but a checkpoint of other layers than the adapter's is refused, not passed over."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+        def of_blocks(keys: Any) -> set[str]:
+            return {key.removeprefix("base_model.model.") for key in keys if ".smt_blocks." in key}
+
+        marker = f".smt_blocks.{adapter_name}."
+        wrong = of_blocks(remapped) ^ of_blocks(key for key in model.state_dict() if marker in key)
+        if wrong:
+            raise InputError(
+                f"Expected a checkpoint of the plan of adapter {adapter_name!r}. Got one that trains other layers, "
+                f"such as {sorted(wrong)[0]}: load it under another name, with the adapter_config.json saved beside it."
+            )
+        return remapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smtune.blocks import BlockGrid, resolve_block_size
 from smtune.errors import InputError, did_you_mean
 from smtune.scoring import Target
+from smtune.tuner.layer import SMTLinear
 
 if TYPE_CHECKING:
     from smtune.tuner.config import SMTConfig
@@ -58,6 +59,12 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     """
     names = _matches(model, config)
     modules = dict(model.named_modules())
+    for name in names:
+        if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise InputError(
+                f"Expected layers that are called. {name} is inside an nn.MultiheadAttention, which reads its weight "
+                "and never calls it: leave it out of target_modules."
+            )
     shapes: dict[str, tuple[int, int]] = {}
     for name in names:
         shape = (getattr(modules[name], "out_features", None), getattr(modules[name], "in_features", None))
@@ -76,7 +83,10 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
 
 def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
     def weight() -> Tensor:
-        base = module.base_layer if hasattr(module, "base_layer") else module
+        base = module
+        if isinstance(module, SMTLinear):
+            module.restore()
+            base = module.base_layer
         return base.weight.data if base.weight.is_floating_point() else dequantize_module_weight(base).detach()
 
     return weight
@@ -103,10 +113,13 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
     ]
     if not matches:
         endings = _linear_endings(model)
-        hint = "" if isinstance(asked, str) or not asked else did_you_mean(sorted(asked)[0], endings.split(", "))
+        known = endings.split(", ")
+        unknown = [] if isinstance(asked, str) else [name for name in sorted(asked or ()) if name not in known]
+        hint = did_you_mean(unknown[0], known) if unknown else ""
         raise InputError(
             f"Expected target_modules that match a layer. Got {asked!r}"
             + (f" with exclude_modules={config.exclude_modules!r}" if config.exclude_modules else "")
+            + (f" with modules_to_save={config.modules_to_save!r}" if config.modules_to_save else "")
             + (f" in layers {config.layers_to_transform!r}" if config.layers_to_transform is not None else "")
             + f", which match none.{hint} Linear layers of this model: {endings}."
         )
