@@ -435,7 +435,7 @@ def test_a_tied_weight_is_not_written_into():
     torch.testing.assert_close(layer(hidden), expected)
     assert torch.equal(model.get_input_embeddings().weight, embedding)
     with pytest.raises(InputError, match="shared with another module"):
-        peft.get_peft_model(base, make_config(target_modules=["lm_head"], mode="resident"), adapter_name="b")
+        peft.get_peft_model(model.unload(), make_config(target_modules=["lm_head"], mode="resident"))
 
 
 class Small(nn.Module):

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import smtune
-from smtune import SMTConfig
+from smtune import InputError, SMTConfig
 
 CRITERIA = ("abs_of_sum", "net", "sum_of_abs", "fisher", "activation")
 WORLD_SIZE = 2
@@ -27,6 +27,14 @@ class Stack(nn.Module):
 
     def forward(self, x, labels):
         return SimpleNamespace(loss=(self.k_proj(self.q_proj(x).tanh()) - labels).square().mean())
+
+
+class Branch(Stack):
+    """k_proj takes part only for batches that say so, as an expert does."""
+
+    def forward(self, x, labels, use_k=True):
+        hidden = self.q_proj(x).tanh()
+        return SimpleNamespace(loss=(self.k_proj(hidden) if use_k else hidden[..., :32] - labels).square().mean())
 
 
 def make_model() -> Stack:
@@ -54,11 +62,30 @@ def score_and_plan(batches):
     return results
 
 
+def score_branch(batches):
+    torch.manual_seed(0)
+    return dict(smtune.score_blocks(Branch(), batches, make_config("abs_of_sum")))
+
+
+def branch_batches():
+    """Only the first of two uses k_proj; the second belongs to rank 1."""
+    return [batch | {"use_k": k == 0} for k, batch in enumerate(make_batches()[:2])]
+
+
+def failure_of(batches) -> str:
+    with pytest.raises(InputError) as error:
+        smtune.score_blocks(make_model(), batches, make_config("net"))
+    return str(error.value)
+
+
 def rank_main(rank: int, port: int, folder) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
     try:
-        torch.save(score_and_plan(make_batches()[rank::WORLD_SIZE]), folder / f"{rank}.pt")
+        planned = score_and_plan(make_batches()[rank::WORLD_SIZE])
+        branch = score_branch(branch_batches()[rank::WORLD_SIZE])
+        failure = failure_of(make_batches()[:1] if rank == 0 else [])
+        torch.save((planned, branch, failure), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -69,7 +96,9 @@ def test_two_ranks_score_and_plan_as_one_process(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(rank_main, args=(port, tmp_path), nprocs=WORLD_SIZE)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE))
+    (first, branch, failure), (second, second_branch, second_failure) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)
+    )
     alone = score_and_plan(make_batches())
     partial = score_and_plan(make_batches()[::WORLD_SIZE])
 
@@ -86,3 +115,10 @@ def test_two_ranks_score_and_plan_as_one_process(tmp_path):
         assert plan == second[criterion][2]
         blocks, expected_blocks = ([each["blocks"] for each in p["modules"]] for p in (plan, expected_plan))
         assert blocks == expected_blocks
+
+    # A layer that only one rank reaches is not mistaken for another; a rank without batches stops both.
+    for name, score in score_branch(branch_batches()).items():
+        torch.testing.assert_close(branch[name], score, rtol=1e-4, atol=1e-8)
+        assert torch.equal(branch[name], second_branch[name])
+    assert "every rank to score" in failure
+    assert "at least one batch" in second_failure
