@@ -255,8 +255,8 @@ def _find_plan(path: Path) -> Plan:
     raise InputError(f"Expected a plan, an adapter or a run. {path} has neither plan.json nor adapter_config.json.")
 
 
-@app.command()
-def demo(
+@app.command(name="demo")
+def show_demo(
     compare: Annotated[bool, typer.Option("--compare", help="Also LoRA of as many parameters, same data.")] = False,
     control: Annotated[
         bool, typer.Option("--control", help="Also SMT on shuffled answers: what learning the format alone gives.")

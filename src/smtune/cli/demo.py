@@ -31,6 +31,7 @@ MODEL = "smollm2-135m"
 STEPS = 60
 TEST_ITEMS = 200
 BUDGET = 0.0084  # the paper's 0.84 %
+BLOCK_SIZE = 64
 LORA_RANK = 14  # 14 · 30 · (2·576 + 2·(576 + 192)) = 1.13 M parameters of q, k and v, as many as the budget buys
 
 
@@ -99,7 +100,7 @@ def _config(arm: Arm, folder: Path, output: Path) -> TrainConfig:
             "output": str(folder),
             "method": arm.method,
             "data": {"train": str(data), "max_length": 256},
-            "smt": {"block_size": 64, "budget": BUDGET, "warmup_steps": 10},
+            "smt": {"block_size": BLOCK_SIZE, "budget": BUDGET, "warmup_steps": 10},
             "lora": {"rank": LORA_RANK, "target_modules": ["q_proj", "k_proj", "v_proj"]},
             "training": {
                 "learning_rate": arm.learning_rate,

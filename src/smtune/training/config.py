@@ -80,11 +80,14 @@ class SMTSection(_Section):
 
     Attributes:
         score_batch_size: examples in a warm-up batch. None: `training.batch_size`.
+        layers: numbers of the decoder layers to choose blocks from. None: all.
         plan: a plan made before. Then nothing is scored, and the fields that only serve scoring must not be given.
         Others: as in `SMTConfig`.
     """
 
     target_modules: list[Text] | Text | None = None
+    exclude_modules: list[Text] | Text | None = None
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     block_size: Count | Literal["auto"] = "auto"
     budget: int | float = 0.0084
     criterion: str = "abs_of_sum"
@@ -240,6 +243,8 @@ class TrainConfig(_Section):
 
 _SCORING_ONLY = (
     "target_modules",
+    "exclude_modules",
+    "layers",
     "block_size",
     "budget",
     "criterion",
@@ -412,6 +417,7 @@ _OTHER_NAMES = {
     "model_name_or_path": "model",
     "output_dir": "output",
     "dataset": "data.train",
+    "layers_to_transform": "smt.layers",
 }
 """What people type who know other trainers."""
 

@@ -370,6 +370,8 @@ def _smt_config(config: TrainConfig) -> smtune.SMTConfig:
     return smtune.SMTConfig(
         task_type="CAUSAL_LM",
         target_modules=smt.target_modules,
+        exclude_modules=smt.exclude_modules,
+        layers_to_transform=smt.layers,
         block_size=smt.block_size,
         budget=smt.budget,
         criterion=smt.criterion,
