@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smtune.blocks import BlockIndex
+from smtune.blocks import BlockIndex, tile
 from smtune.kernels import block_grad, block_grad_compact, block_product_, flatten
 
 
@@ -123,9 +123,7 @@ def block_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, block
     Here `blocks` are values: the weight used is `weight` with the indexed blocks replaced by them.
     """
     rows, cols, _ = index.on(weight.device)
-    size = index.grid.block_size
-    tiles = weight.unflatten(0, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 1, 3)
-    tiles = tiles.index_put((rows, cols), blocks.to(weight.dtype))
+    tiles = tile(weight, index.grid.block_size).index_put((rows, cols), blocks.to(weight.dtype))
     return F.linear(x, tiles.permute(0, 2, 1, 3).reshape(weight.shape), bias)
 
 

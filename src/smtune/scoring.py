@@ -14,7 +14,7 @@ Criteria (gₜ is the gradient of batch t; each is a mean over the block):
 - `activation`: |w| · ‖x column‖₂ (Wanda's score). Forward only.
 - `weight`: |w|; `random`: uniform noise from the seed. No data.
 
-Imports torch, `smtune.blocks` and `smtune.errors` alone. Shapes: O out, I in, R×C grid, N tokens, l block size.
+Imports torch and the modules below alone. Shapes: O out, I in, R×C grid, N tokens, l block size.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from smtune.blocks import BlockGrid, tile
 from smtune.errors import InputError, did_you_mean
+from smtune.kernels import flatten
 
 DATA_FREE = ("weight", "random")
 """Criteria that need no batches."""
@@ -351,7 +352,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad_y,) = grads
         (x,) = ctx.saved_tensors
-        ctx.fold(_flat(grad_y), _flat(x.to(grad_y.device, grad_y.dtype)))
+        ctx.fold(flatten(grad_y), flatten(x.to(grad_y.device, grad_y.dtype)))
         return (grad_y if ctx.needs_input_grad[0] else None), None, None, None
 
 
@@ -376,7 +377,7 @@ def _tap_hook(accumulator: _Accumulator):
         x = (args[0] if args else kwargs["input"]).detach()
         if not accumulator.needs_backward:
             with torch.no_grad():
-                accumulator.fold(_flat(y), _flat(x))
+                accumulator.fold(flatten(y), flatten(x))
             return None
         if not torch.is_grad_enabled():  # the first, gradient-free pass of reentrant checkpointing
             return None
@@ -460,11 +461,6 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
         dist.all_reduce(moved)
         accumulator.total = moved.to(total.device) if total is not None else moved
     return seen
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(..., F) as (N, F)."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _to_host(scores: Tensor) -> Tensor:
