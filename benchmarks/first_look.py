@@ -27,7 +27,7 @@ from rich.console import Console
 
 from smtune.data import Collator, batches, count_overlap, prepare
 from smtune.evaluation import evaluate, load_items, resolve_tasks
-from smtune.models import load_model, load_tokenizer
+from smtune.models import load_merged, load_model, load_tokenizer
 from smtune.training import parse_config, train
 
 MODEL = "smollm2-135m"
@@ -113,9 +113,7 @@ def run_cell(method, rate, data, work, tokenizer, items, held_out) -> dict:
         result = train(config, resume=folder.exists(), console=Console(stderr=True))
         row |= {"trainable_parameters": result.trainable_parameters, "train_loss": result.loss}
         row |= {"seconds": result.seconds, "scoring_seconds": result.scoring_seconds}
-        model = load_model(str(folder), DTYPE)
-        if hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload()
+        model = load_merged(str(folder), DTYPE)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     row["held_out_loss"] = answer_loss(model, tokenizer, held_out)
     evaluation = evaluate(model, tokenizer, items, model_id=f"{method} {rate:g}", batch_size=25, max_new_tokens=64)

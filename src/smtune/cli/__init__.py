@@ -138,27 +138,22 @@ def _items(tasks: list[str], source: str | None, limit: int | None, protocol: st
 def _evaluate(
     model: str, items: list[Any], protocol: str, batch_size: int, dtype: str, output: Path | None
 ) -> Evaluation:
-    """Load, merge (a merged adapter computes the same at no cost), evaluate, print, keep every item's output."""
-    import torch
+    """Evaluate, print, keep every item's output."""
     from rich.progress import Progress
 
     from smtune.evaluation import evaluate as evaluate_items
     from smtune.evaluation import summary_table
-    from smtune.models import fingerprint, load_model, load_tokenizer
+    from smtune.models import fingerprint, load_merged, load_tokenizer
 
     if output is None:
         place = Path(model) if Path(model).is_dir() else Path("evaluations") / model.replace("/", "--")
         output = place / "evaluation" / f"{protocol}-{dtype}"
     if output.exists() and not output.is_dir():
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    loaded: Any = load_model(model, dtype, device)
-    if hasattr(loaded, "merge_and_unload"):
-        loaded = loaded.merge_and_unload()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Evaluating", total=len(items))
         evaluation = evaluate_items(
-            loaded,
+            load_merged(model, dtype),
             load_tokenizer(model),
             items,
             protocol=protocol,  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from rich.table import Table
 from smtune.data import arithmetic
 from smtune.errors import InputError
 from smtune.evaluation import Evaluation, compare, evaluate, load_items, resolve_tasks
-from smtune.models import load_model, load_tokenizer
+from smtune.models import fingerprint, load_merged, load_tokenizer
 from smtune.report import accuracy_bars, block_map, loss_curve, projection_shares
 from smtune.selection import Plan
 from smtune.training import RunResult, TrainConfig, parse_config, read_metrics, train
@@ -124,17 +124,14 @@ def _shuffle_answers(records: list[dict[str, str]]) -> list[dict[str, str]]:
 def _evaluate(model: str, title: str, output: Path, console: Console) -> Evaluation:
     (task,) = resolve_tasks(["arithmetic"])
     items = load_items(task, None, TEST_ITEMS)
-    loaded: Any = load_model(model)
-    if hasattr(loaded, "merge_and_unload"):
-        loaded = loaded.merge_and_unload()
     folder = (output / "before" if model == MODEL else Path(model)) / "evaluation" / "generate"
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         work = bar.add_task(f"Answering ({title})", total=len(items))
         evaluation = evaluate(
-            loaded,
+            load_merged(model),
             load_tokenizer(MODEL),
             items,
-            model_id=MODEL if model == MODEL else title,
+            model_id=fingerprint(model),
             out_dir=folder,
             batch_size=25,
             progress=lambda done, total: bar.update(work, completed=done),
