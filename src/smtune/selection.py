@@ -6,7 +6,7 @@ The choice is deterministic: by score, ties by module order, then row, then colu
 - `per_module`: the same number from every matrix.
 - `shares`: the budget split by given shares between groups of matrices (the paper's Table 4), then `global` in each.
 
-A plan is JSON and self-contained. Imports torch, `smtune.blocks` and `smtune.errors` alone.
+A plan is JSON and self-contained. Imports torch and the modules below alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from smtune.blocks import BlockGrid, BlockIndex
 from smtune.errors import InputError, did_you_mean
+from smtune.files import write_text
 
 POLICIES = ("global", "per_module", "shares")
 FORMAT_VERSION = 1
@@ -194,18 +194,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1, ensure_ascii=False)
-                file.write("\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_plan_round_trip_and_numbers(tmp_path):
 
 def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
     plan().save(tmp_path / "plan.json")
-    monkeypatch.setattr(json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         plan(budget=1).save(tmp_path / "plan.json")
     monkeypatch.undo()

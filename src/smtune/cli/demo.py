@@ -22,6 +22,7 @@ from rich.table import Table
 from smtune.data import arithmetic
 from smtune.errors import InputError
 from smtune.evaluation import Evaluation, compare, evaluate, load_items, resolve_tasks
+from smtune.files import write_json
 from smtune.models import fingerprint, load_merged, load_tokenizer
 from smtune.report import accuracy_bars, block_map, loss_curve, projection_shares
 from smtune.selection import Plan
@@ -83,7 +84,7 @@ def run_demo(output: Path, *, compare: bool = False, control: bool = False, cons
     console.print(_table(summary))
     figures = _draw(output, before, after, results)
     elapsed = time.perf_counter() - started
-    _write(output / "summary.json", settings | {"seconds": round(elapsed, 1), "arms": summary})
+    write_json(output / "summary.json", settings | {"seconds": round(elapsed, 1), "arms": summary})
     _say_next(console, output, figures, results[SMT.title], elapsed)
 
 
@@ -230,7 +231,3 @@ def _write_lines(path: Path, records: list[dict[str, str]]) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise InputError(f"Expected {path} as this demo writes it. Got another: choose another --output.")
     path.write_text(text, encoding="utf-8")
-
-
-def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from smtune.evaluation import statistics
 from smtune.evaluation.answers import Answer, is_correct
 from smtune.evaluation.statistics import Estimate, PairedDifference
 from smtune.evaluation.tasks import GROUPS, TASKS
+from smtune.files import write_json, write_text
 
 ITEMS_FILE = "items.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -70,7 +71,7 @@ def resume(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
     path = folder / ITEMS_FILE
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, _line({"run": run}))
+        write_text(path, _line({"run": run}))
         return []
     text = path.read_bytes()
     complete = text.rfind(b"\n") + 1
@@ -119,17 +120,11 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], list[ItemResult]]:
 
 def write_summary(folder: Path, summary: Summary) -> None:
     """Writes `summary.json`, whole or not at all."""
-    _write_atomically(folder / SUMMARY_FILE, json.dumps(summary.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / SUMMARY_FILE, summary.to_dict())
 
 
 def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # -- summary and comparison --------------------------------------------------------------------------------------

@@ -43,12 +43,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 import smtune
 from smtune.data import Collator, batches, prepare
 from smtune.errors import InputError, did_you_mean
+from smtune.files import write_json, write_text
 from smtune.models import ALIASES, identity, load_model, load_tokenizer, portable_name, resolve, skeleton, wrapping
 from smtune.scoring import DATA_FREE, Scores
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
-from smtune.training.folder import RunFolder, read_metrics, write_folder, write_json, write_text
+from smtune.training.folder import RunFolder, read_metrics, write_folder
 from smtune.tuner.targets import count_parameters, find_targets
 
 

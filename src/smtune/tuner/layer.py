@@ -238,10 +238,9 @@ class SMTLinear(nn.Module, SMTLayer):
 
     def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
         """Write original + total over the adapters' blocks of W, after taking out whatever else stands there."""
-        if self._standing is not adapters:
-            self.restore()
         values = self._values(adapters, total)
         if self._standing is not adapters:
+            self.restore()
             self._standing = adapters
         scatter_(self.base_layer.weight.data, adapters.index, values)
 
