@@ -9,9 +9,11 @@ Shapes: O out, I in, l block size, R×C grid (R = O/l, C = I/l), m blocks. Impor
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +48,56 @@ class BlockGrid:
 
 
 @dataclass(frozen=True, eq=False)
+class BlockColumns:
+    """Some of the C block columns of an input: the part of x that is kept for block gradients.
+
+    Compared by identity: layers that share an input share one object, and so one gather.
+
+    Args:
+        cols: distinct, ascending.
+        n_cols: C.
+    """
+
+    cols: tuple[int, ...]
+    n_cols: int
+    _on: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def is_all(self) -> bool:
+        return len(self.cols) == self.n_cols
+
+    def on(self, device: torch.device) -> Tensor:
+        """The columns as (U,) int64 on `device`; copied there once."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # kept for later uses, which may be in training
+                self._on[device] = torch.tensor(self.cols, dtype=torch.int64, device="cpu").to(device)
+        return self._on[device]
+
+    def __deepcopy__(self, memo: dict) -> BlockColumns:
+        return self  # immutable
+
+    def __reduce__(self):
+        return BlockColumns, (self.cols, self.n_cols)
+
+
+class BlockTables(NamedTuple):
+    """An index as a kernel on a device reads it: int32, there.
+
+    Attributes:
+        blocks: (2, m), row and column of each block.
+        compact_blocks: (2, m), row and position among the kept columns of each block.
+        by_row: the blocks gathered by row: `groups` (3, G), the row and the first and the last-plus-one of its
+            `members`; `members` (2, m), a block's column and its number in the index.
+        by_col: the same with the parts of row and column exchanged.
+    """
+
+    blocks: Tensor
+    compact_blocks: Tensor
+    by_row: tuple[Tensor, Tensor]
+    by_col: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class BlockIndex:
     """m distinct blocks of a grid, in a fixed order: block k is (rows[k], cols[k]).
 
@@ -54,8 +106,9 @@ class BlockIndex:
         rows, cols: (m,) int64 on the CPU. `on(device)` gives them elsewhere.
     Attributes:
         pairs: the blocks as (row, col) integers on the host, for loops that must not synchronise with a device.
-        used_cols: the distinct block columns, ascending: the part of the input that the block gradients need.
-        compact_pairs: `pairs`, with each column replaced by its position in `used_cols`.
+        columns: the block columns of x that are kept for the block gradients: those that some block reads, or more of
+            them after `keeping`.
+        compact_pairs: `pairs`, with each column replaced by its position in `columns`.
     Raises:
         InputError: unequal lengths, a block outside the grid, or a block named twice.
     """
@@ -64,9 +117,10 @@ class BlockIndex:
     rows: Tensor
     cols: Tensor
     pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
-    used_cols: tuple[int, ...] = field(init=False, repr=False)
+    columns: BlockColumns = field(init=False, repr=False)
     compact_pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
-    _on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(init=False, repr=False)
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False)
+    _tables: dict[torch.device, BlockTables] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         n_rows, n_cols = self.grid.shape
@@ -76,10 +130,8 @@ class BlockIndex:
             )
         # Computed here and not on demand: compilers cannot trace through a lazy property.
         object.__setattr__(self, "pairs", tuple(zip(self.rows.tolist(), self.cols.tolist())))
-        object.__setattr__(self, "used_cols", tuple(sorted({col for _, col in self.pairs})))
-        position = {col: k for k, col in enumerate(self.used_cols)}
-        object.__setattr__(self, "compact_pairs", tuple((row, position[col]) for row, col in self.pairs))
         object.__setattr__(self, "_on", {})
+        self._keep(BlockColumns(tuple(sorted({col for _, col in self.pairs})), n_cols))
         for row, col in self.pairs:
             if not (0 <= row < n_rows and 0 <= col < n_cols):
                 raise InputError(
@@ -101,27 +153,61 @@ class BlockIndex:
     def __len__(self) -> int:
         return self.rows.numel()
 
-    @property
-    def uses_every_col(self) -> bool:
-        return len(self.used_cols) == self.grid.shape[1]
+    def keeping(self, columns: BlockColumns) -> BlockIndex:
+        """The same blocks, with `columns`, which hold all columns that they read, kept of x."""
+        index = object.__new__(BlockIndex)
+        index.__dict__.update(self.__dict__)
+        index._keep(columns)
+        return index
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, cols, used_cols) as int64 on `device`; copied there once."""
+    def _keep(self, columns: BlockColumns) -> None:
+        position = {col: k for k, col in enumerate(columns.cols)}
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "compact_pairs", tuple((row, position[col]) for row, col in self.pairs))
+        object.__setattr__(self, "_tables", {})
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(rows, cols) as int64 on `device`; copied there once."""
         if device not in self._on:
             with torch.inference_mode(False):  # kept for later uses, which may be in training
-                used = torch.tensor(self.used_cols, dtype=torch.int64, device="cpu")
-                self._on[device] = (self.rows.to(device), self.cols.to(device), used.to(device))
+                self._on[device] = (self.rows.to(device), self.cols.to(device))
         return self._on[device]
+
+    def tables(self, device: torch.device) -> BlockTables:
+        """The index for the kernels on `device`; made and copied there once."""
+        if device not in self._tables:
+            with torch.inference_mode(False):
+                self._tables[device] = BlockTables(
+                    _table(zip(*self.pairs), device),
+                    _table(zip(*self.compact_pairs), device),
+                    _grouped(self.pairs, device),
+                    _grouped([(col, row) for row, col in self.pairs], device),
+                )
+        return self._tables[device]
 
     def __deepcopy__(self, memo: dict) -> BlockIndex:
         return self  # immutable
 
     def __reduce__(self):
-        return _rebuild_index, (self.grid, self.rows, self.cols)
+        return _rebuild_index, (self.grid, self.rows, self.cols, self.columns)
 
 
-def _rebuild_index(grid: BlockGrid, rows: Tensor, cols: Tensor) -> BlockIndex:
-    return BlockIndex(grid, rows, cols)
+def _rebuild_index(grid: BlockGrid, rows: Tensor, cols: Tensor, columns: BlockColumns) -> BlockIndex:
+    return BlockIndex(grid, rows, cols).keeping(columns)
+
+
+def _grouped(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(target, source) pairs as `BlockTables` groups them, by target."""
+    order = sorted(range(len(pairs)), key=lambda block: pairs[block])
+    groups = []
+    for target, members in itertools.groupby(enumerate(order), key=lambda member: pairs[member[1]][0]):
+        places = [place for place, _ in members]
+        groups.append((target, places[0], places[-1] + 1))
+    return _table(zip(*groups), device), _table(zip(*((pairs[block][1], block) for block in order)), device)
+
+
+def _table(columns: Iterable[tuple[int, ...]], device: torch.device) -> Tensor:
+    return torch.tensor(list(columns), dtype=torch.int32, device="cpu").to(device)
 
 
 def tile(weight: Tensor, block_size: int) -> Tensor:
@@ -138,13 +224,13 @@ def tile(weight: Tensor, block_size: int) -> Tensor:
 
 def gather(weight: Tensor, index: BlockIndex) -> Tensor:
     """A copy of the indexed blocks, (m, l, l), in index order and the weight's dtype."""
-    rows, cols, _ = index.on(weight.device)
+    rows, cols = index.on(weight.device)
     return tile(weight, index.grid.block_size)[rows, cols]
 
 
 def scatter_(weight: Tensor, index: BlockIndex, blocks: Tensor) -> Tensor:
     """Write blocks (m, l, l) over the indexed places of `weight`, rounding to its dtype. Returns `weight`."""
-    rows, cols, _ = index.on(weight.device)
+    rows, cols = index.on(weight.device)
     tile(weight, index.grid.block_size)[rows, cols] = blocks.to(weight.dtype)
     return weight
 

@@ -13,6 +13,8 @@ Shapes: N tokens (all leading dims), I in, O out, m blocks, l block size, U·l u
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +23,13 @@ from torch.autograd.function import once_differentiable
 from smtune.blocks import BlockIndex, tile
 from smtune.kernels import block_grad, block_grad_compact, block_product_, flatten
 
+TakeColumns = Callable[[Tensor, BlockIndex], Tensor]
+"""As `used_columns`."""
 
-def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex) -> Tensor:
+
+def block_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex, take: TakeColumns | None = None
+) -> Tensor:
     """`x Wᵀ + b`, differentiable in x, b and the selected blocks of W only.
 
     Args:
@@ -32,25 +39,25 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor,
         blocks: (m, l, l), any float dtype: receives the gradient of W at the index. Its values are not read, so it
             may hold the blocks themselves or, as the tuner does, their distance from the base.
         index: the places of the blocks in W.
+        take: gives the kept columns of x where several layers share them. Default: `used_columns`.
     Returns:
         (..., O) in x's dtype (autocast's under autocast).
     Cost: 2·N·O·I FLOP forward; the same for dX, plus 2·N·m·l², backward.
-    Saves: W by reference and N·U·l values of x, U the number of distinct block columns. Under autocast W is cast
+    Saves: W by reference and N·U·l values of x, U the number of kept block columns. Under autocast W is cast
         again in the backward rather than kept as a second copy.
     """
     x = _autocast(x)
     if not (torch.is_grad_enabled() and blocks.requires_grad):
         return F.linear(x, weight, bias)
-    return _BlockLinear.apply(x, weight, bias, blocks, used_columns(x, index), index)
+    return _BlockLinear.apply(x, weight, bias, blocks, (take or used_columns)(x, index), index)
 
 
 def used_columns(x: Tensor, index: BlockIndex) -> Tensor:
-    """The columns of x that some block reads, (..., U·l) contiguous; x itself where every column is read."""
-    if index.uses_every_col:
+    """The columns of x kept for the index's blocks, (..., U·l) contiguous; x itself where every column is."""
+    if index.columns.is_all:
         return x.detach()
-    _, _, used = index.on(x.device)
     blocked = x.detach().unflatten(-1, (-1, index.grid.block_size))
-    return blocked.index_select(-2, used).flatten(-2)
+    return blocked.index_select(-2, index.columns.on(x.device)).flatten(-2)
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -76,7 +83,9 @@ class _BlockLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_blocks, None, None
 
 
-def additive_block_linear(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex) -> Tensor:
+def additive_block_linear(
+    y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, take: TakeColumns | None = None
+) -> Tensor:
     """`y + x Dᵀ`, D the (O, I) matrix that is `blocks` at the index and zero elsewhere; D is never formed.
 
     Args:
@@ -84,6 +93,7 @@ def additive_block_linear(y: Tensor, x: Tensor, blocks: Tensor, index: BlockInde
         x: (..., I), the base layer's input.
         blocks: (m, l, l), differentiable, cast to y's dtype for the product.
         index: the places of the blocks.
+        take: as for `block_linear`.
     Returns:
         (..., O), a new tensor in y's dtype.
     Cost: 2·N·m·l² FLOP forward, twice that backward.
@@ -91,7 +101,7 @@ def additive_block_linear(y: Tensor, x: Tensor, blocks: Tensor, index: BlockInde
     """
     x = x.to(y.dtype)
     learns = torch.is_grad_enabled() and blocks.requires_grad
-    return _AdditiveBlockLinear.apply(y, x, blocks, used_columns(x, index) if learns else None, index)
+    return _AdditiveBlockLinear.apply(y, x, blocks, (take or used_columns)(x, index) if learns else None, index)
 
 
 class _AdditiveBlockLinear(torch.autograd.Function):
@@ -122,7 +132,7 @@ def block_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, block
 
     Here `blocks` are values: the weight used is `weight` with the indexed blocks replaced by them.
     """
-    rows, cols, _ = index.on(weight.device)
+    rows, cols = index.on(weight.device)
     tiles = tile(weight, index.grid.block_size).index_put((rows, cols), blocks.to(weight.dtype))
     return F.linear(x, tiles.permute(0, 2, 1, 3).reshape(weight.shape), bias)
 

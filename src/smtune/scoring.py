@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smtune.blocks import BlockGrid, tile
+from smtune.depth import backward_end
 from smtune.errors import InputError, did_you_mean
 from smtune.kernels import flatten
 
@@ -58,6 +59,7 @@ class Scores(dict[str, Tensor]):
         criterion: the criterion's name.
         batches_seen: batches scored, over all ranks.
         model_name: where the model came from, or "".
+        backward_costs: what a plan costs whose lowest module it is, by module name; None where not counted.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Scores(dict[str, Tensor]):
         criterion: str,
         batches_seen: int = 0,
         model_name: str = "",
+        backward_costs: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(scores)
         self.block_size = block_size
         self.criterion = criterion
         self.batches_seen = batches_seen
         self.model_name = model_name
+        self.backward_costs = backward_costs
 
 
 @dataclass
@@ -358,14 +362,15 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def _taps(model: nn.Module, accumulators: Mapping[str, _Accumulator]) -> Iterator[None]:
-    """Place a tap behind each target, and make checkpointed layers reachable for the backward."""
+    """Place a tap behind each target, and let the backward end at the lowest, under checkpointing too."""
     with ExitStack() as stack:
         for accumulator in accumulators.values():
             hook = accumulator.target.module.register_forward_hook(_tap_hook(accumulator), with_kwargs=True)
             stack.callback(hook.remove)
+        ends = stack.enter_context(backward_end(model, accumulators))
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if checkpointed and isinstance(embeddings, nn.Module):
+        if checkpointed and not ends and isinstance(embeddings, nn.Module):
             # Reentrant checkpointing runs a layer's backward only if an input of the layer requires a gradient.
             hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
             stack.callback(hook.remove)
@@ -381,7 +386,7 @@ def _tap_hook(accumulator: _Accumulator):
             return None
         if not torch.is_grad_enabled():  # the first, gradient-free pass of reentrant checkpointing
             return None
-        anchor = torch.zeros((), device=y.device, requires_grad=True)
+        anchor = nn.Parameter(torch.zeros((), device=y.device))
         return _Tap.apply(y, x, anchor, accumulator.fold)
 
     return hook

@@ -6,6 +6,11 @@ The choice is deterministic: by score, ties by module order, then row, then colu
 - `per_module`: the same number from every matrix.
 - `shares`: the budget split by given shares between groups of matrices (the paper's Table 4), then `global` in each.
 
+Beside the parameters a plan may be held to a time: `max_backward_cost`, a fraction of the whole dX chain (see
+`smtune.depth`). A plan costs what its lowest selected matrix does, so it keeps within the limit if and only if every
+matrix it selects from would alone. The policy therefore chooses among those matrices only, and for `global` the result
+has the highest score of all plans within both budgets.
+
 A plan is JSON and self-contained. Imports torch and the modules below alone.
 """
 
@@ -15,7 +20,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +33,7 @@ from smtune.files import write_text
 
 POLICIES = ("global", "per_module", "shares")
 FORMAT_VERSION = 1
+_SINCE_COSTS = ("max_backward_cost", "backward_cost", "score_kept")  # a plan made before they were has none of them
 
 PROJECTION_GROUPS: dict[str, frozenset[str]] = {
     "attention": frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"}),
@@ -67,6 +73,9 @@ class Plan:
         model_name: where the model came from, or "".
         shares: the shares of the policy `shares`, or None.
         seed: of a random criterion or a shuffled plan.
+        max_backward_cost: the limit that was set on the cost of the backward, or None.
+        backward_cost: what the plan costs, a fraction of the whole dX chain; None where it was not counted.
+        score_kept: the share of the score that the same policy reaches without the limit; None without a limit.
     """
 
     modules: dict[str, ModulePlan]
@@ -79,6 +88,9 @@ class Plan:
     model_name: str = ""
     shares: dict[str, float] | None = None
     seed: int = 0
+    max_backward_cost: float | None = None
+    backward_cost: float | None = None
+    score_kept: float | None = None
 
     def __post_init__(self) -> None:
         for name, module in self.modules.items():
@@ -119,7 +131,8 @@ class Plan:
             places = torch.randperm(grid.n_blocks, generator=generator)[: len(module.rows)].sort().values.tolist()
             rows, cols = _split(places, grid)
             modules[name] = dataclasses.replace(module, rows=rows, cols=cols)
-        return dataclasses.replace(self, modules=modules, criterion=f"{self.criterion}, shuffled", seed=seed)
+        criterion = f"{self.criterion}, shuffled"
+        return dataclasses.replace(self, modules=modules, criterion=criterion, seed=seed, score_kept=None)
 
     def check(self, model: nn.Module) -> None:
         """Raises InputError unless every module of the plan is in `model` with the shape planned for."""
@@ -153,6 +166,7 @@ class Plan:
             "total_params": self.total_params,
             "n_blocks": self.n_blocks,
             "n_params": self.n_params,
+            **{name: getattr(self, name) for name in _SINCE_COSTS},
             "modules": [
                 {
                     "name": name,
@@ -185,8 +199,9 @@ class Plan:
                     score_mean=module["score_mean"],
                     score_max=module["score_max"],
                 )
-            fields = {field.name for field in dataclasses.fields(cls)} - {"modules"}
-            return cls(modules=modules, **{name: values[name] for name in fields})
+            fields = {field.name for field in dataclasses.fields(cls)} - {"modules", *_SINCE_COSTS}
+            costs = {name: values.get(name) for name in _SINCE_COSTS}
+            return cls(modules=modules, **{name: values[name] for name in fields}, **costs)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -241,6 +256,26 @@ def check_policy(policy: str, shares: Mapping[str, float] | None) -> None:
         raise InputError(f"Expected shares that are not negative and sum to at most 1. Got {dict(shares)}.")
 
 
+def check_max_backward_cost(limit: float | None) -> None:
+    """Raises InputError unless the limit is None or a fraction in (0, 1]."""
+    if limit is None or (isinstance(limit, (int, float)) and not isinstance(limit, bool) and 0 < limit <= 1):
+        return
+    raise InputError(
+        "Expected max_backward_cost to be a fraction of the whole dX chain, a float in (0, 1], or None for no limit. "
+        f"Got {limit!r}."
+    )
+
+
+def backward_cost(chosen: Mapping[str, BlockIndex], costs: Mapping[str, float]) -> float:
+    """What a choice costs: the cost of its lowest module that has blocks, a fraction of the whole dX chain."""
+    return max((costs[name] for name, index in chosen.items() if len(index)), default=0.0)
+
+
+def total_score(chosen: Mapping[str, BlockIndex], scores: Mapping[str, Tensor]) -> float:
+    """The sum of the scores of the chosen blocks."""
+    return sum(scores[name][index.rows, index.cols].sum(dtype=torch.float64).item() for name, index in chosen.items())
+
+
 def select(
     scores: Mapping[str, Tensor],
     *,
@@ -249,6 +284,8 @@ def select(
     total_params: int,
     policy: str = "global",
     shares: Mapping[str, float] | None = None,
+    backward_costs: Mapping[str, float] | None = None,
+    max_backward_cost: float | None = None,
 ) -> dict[str, BlockIndex]:
     """The blocks to train.
 
@@ -258,14 +295,19 @@ def select(
         budget: a fraction of `total_params`, or a number of blocks.
         total_params: parameters of the model.
         policy, shares: see the module's docstring. Shares by group (`attention`, `mlp`) or projection name.
+        backward_costs: by module name, the cost of a plan whose lowest module it is, as `smtune.depth` counts it.
+        max_backward_cost: the cost of the plan, at most; None for no limit. With one, the modules that cost more
+            are left whole and the policy chooses among the others.
     Returns:
         The index of every module, empty where nothing was selected; blocks ordered by row, then column. In all never
         more than the budget; fewer where the policy cannot spend it or fewer blocks exist.
     Raises:
-        InputError: a score that is not finite, a budget below one block, or shares that match no module.
+        InputError: a score that is not finite, a budget below one block, shares that match no module, or a limit that
+            leaves no module (of a group) to choose from.
     """
     check_budget(budget)
     check_policy(policy, shares)
+    check_max_backward_cost(max_backward_cost)
     if not scores:
         raise InputError("Expected scores of at least one module. Got none.")
     for name, score in scores.items():
@@ -279,7 +321,7 @@ def select(
             f"block of {block_size}² = {block_size**2:,}: raise it to {block_size**2 / total_params:.6f} or more, or "
             "use smaller blocks."
         )
-    names = list(scores)
+    names = _within(max_backward_cost, scores, backward_costs)
     if policy == "global":
         chosen = _best(scores, names, count)
     elif policy == "per_module":
@@ -293,9 +335,12 @@ def select(
         chosen = {name: [] for name in names}
         grouped: set[str] = set()
         for group, share in (shares or {}).items():
+            targeted = [name for name in scores if _belongs(name, group)]
             members = [name for name in names if _belongs(name, group)]
+            if targeted and not members:
+                raise _too_strict(max_backward_cost, targeted, backward_costs, f"of {group}")
             if not members:
-                projections = sorted({name.rpartition(".")[2] for name in names})
+                projections = sorted({name.rpartition(".")[2] for name in scores})
                 raise InputError(
                     f"Expected shares of groups that are targeted. Got {group!r}, which none of "
                     f"{', '.join(projections)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *projections])
@@ -308,7 +353,29 @@ def select(
             raise InputError(
                 f"Expected shares that buy at least one block. Got {dict(shares or {})} of {count} blocks."
             )
-    return {name: _to_index(scores[name], chosen[name], block_size) for name in names}
+    return {name: _to_index(scores[name], chosen.get(name, []), block_size) for name in scores}
+
+
+def _within(limit: float | None, names: Iterable[str], costs: Mapping[str, float] | None) -> list[str]:
+    """The modules that a plan may select from without costing more than the limit."""
+    if limit is None:
+        return list(names)
+    if costs is None:
+        raise InputError(
+            "Expected backward_costs with max_backward_cost: without them no cost can be counted. Got None."
+        )
+    within = [name for name in names if costs[name] <= limit]
+    if not within:
+        raise _too_strict(limit, list(names), costs, "that is targeted")
+    return within
+
+
+def _too_strict(limit: float | None, names: Sequence[str], costs: Mapping[str, float] | None, which: str) -> InputError:
+    least = math.ceil(min((costs or {})[name] for name in names) * 1e4) / 1e4
+    return InputError(
+        f"Expected max_backward_cost to leave a projection {which}. Got {limit}, below the cost of the highest one: "
+        f"set it to {least} or more."
+    )
 
 
 def _best(scores: Mapping[str, Tensor], names: Sequence[str], count: int) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smtune import InputError
-from smtune.blocks import BlockGrid, BlockIndex, gather, resolve_block_size, scatter_, tile
+from smtune.blocks import BlockColumns, BlockGrid, BlockIndex, gather, resolve_block_size, scatter_, tile
 
 
 @given(
@@ -59,16 +59,30 @@ def test_scatter_rounds_to_the_weights_dtype():
 
 def test_index_knows_its_columns():
     index = BlockIndex.from_pairs(BlockGrid(8, 16, 2), [(3, 7), (0, 2), (3, 2)])
-    assert index.used_cols == (2, 7)
+    assert index.columns.cols == (2, 7)
     assert index.compact_pairs == ((3, 1), (0, 0), (3, 0))
-    assert not index.uses_every_col
+    assert not index.columns.is_all
     assert len(index) == 3
+
+
+def test_index_keeps_more_columns_than_it_reads():
+    index = BlockIndex.from_pairs(BlockGrid(8, 16, 2), [(3, 7), (0, 2)])
+    columns = BlockColumns((0, 2, 5, 7), 8)
+    kept = index.keeping(columns)
+    assert kept.columns is columns
+    assert kept.compact_pairs == ((3, 3), (0, 1))
+    assert kept.pairs == index.pairs
+    assert index.compact_pairs == ((3, 1), (0, 0))
 
 
 def test_index_survives_copy_and_pickle():
     index = BlockIndex.from_pairs(BlockGrid(4, 4, 2), [(1, 0)])
     assert copy.deepcopy(index) is index
     assert pickle.loads(pickle.dumps(index)).pairs == index.pairs
+    columns = BlockColumns((0, 1), 2)
+    first, second = pickle.loads(pickle.dumps([index.keeping(columns), index.keeping(columns)]))
+    assert first.compact_pairs == ((1, 0),)
+    assert first.columns is second.columns
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def block_grad(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
 
 
 def block_grad_compact(grad_y_NO: Tensor, x_used: Tensor, index: BlockIndex) -> Tensor:
-    """As `block_grad`, from `x_used`: only the used columns of x, (..., U·l), in `index.used_cols` order."""
+    """As `block_grad`, from `x_used`: only the kept columns of x, (..., U·l), in the order of `index.columns`."""
     return _block_grad(grad_y_NO, x_used, index.compact_pairs, index.grid.block_size)
 
 

@@ -37,4 +37,13 @@ def _header(plan: Plan) -> Text:
         "budget asked   ",
         f"{asked:,} blocks\n" if isinstance(asked, int) else f"{asked:.4%} of the parameters\n",
         f"budget reached {plan.fraction:.4%}, {plan.n_blocks:,} blocks of {size}×{size}",
+        _cost(plan),
     )
+
+
+def _cost(plan: Plan) -> str:
+    """A line on the backward's cost, or nothing where it was not counted."""
+    if plan.backward_cost is None:
+        return ""
+    kept = f", score kept {100 * plan.score_kept:.0f} %" if plan.score_kept is not None else ""
+    return f"\nbackward cost {plan.backward_cost:.2f} of the whole dX chain{kept}"

@@ -93,6 +93,7 @@ class SMTSection(_Section):
     criterion: str = "abs_of_sum"
     policy: str = "global"
     shares: dict[str, float] | None = None
+    max_backward_cost: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     warmup_steps: Count = 100
     score_batch_size: Count | None = None
     accumulator_device: Device | None = None
@@ -250,6 +251,7 @@ _SCORING_ONLY = (
     "criterion",
     "policy",
     "shares",
+    "max_backward_cost",
     "warmup_steps",
     "score_batch_size",
     "accumulator_device",

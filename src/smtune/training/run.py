@@ -42,6 +42,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import smtune
 from smtune.data import Collator, batches, prepare
+from smtune.depth import backward_costs
 from smtune.errors import InputError, did_you_mean
 from smtune.files import write_json, write_text
 from smtune.models import ALIASES, identity, load_model, load_tokenizer, portable_name, resolve, skeleton, wrapping
@@ -378,6 +379,7 @@ def _smt_config(config: TrainConfig) -> smtune.SMTConfig:
         criterion=smt.criterion,
         policy=smt.policy,
         shares=smt.shares,
+        max_backward_cost=smt.max_backward_cost,
         warmup_steps=smt.warmup_steps,
         accumulator_device=smt.accumulator_device,
         mode=smt.mode,
@@ -398,6 +400,7 @@ def _expected_plan(model: nn.Module, config: TrainConfig, smt_config: smtune.SMT
         {name: torch.zeros(grid.shape) for name, grid in grids.items()},
         block_size=block_size,
         criterion=smt_config.criterion,
+        backward_costs=backward_costs(model, targets),
     )
     return smtune.select_blocks(scores, smt_config, count_parameters(model))
 

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from smtune.blocks import BlockIndex
 from smtune.errors import InputError, did_you_mean
 from smtune.scoring import check_criterion
-from smtune.selection import Plan, check_budget, check_policy
+from smtune.selection import Plan, check_budget, check_max_backward_cost, check_policy
 from smtune.tuner.register import peft_type
 
 MODES = ("auto", "resident", "additive")
@@ -35,6 +35,8 @@ class SMTConfig(PeftConfig):
         criterion: how blocks are scored; see `smtune.scoring`.
         policy: how blocks are chosen from scores: "global", "per_module" or "shares".
         shares: with policy "shares", the share of the budget by group, such as {"attention": 0.75, "mlp": 0.25}.
+        max_backward_cost: how far down the backward may go, a fraction in (0, 1] of the chain of products dX = dY W
+            that ends at the lowest target: the lowest layers are left whole to keep within it. None: no limit.
         warmup_steps: batches to score with, at most.
         accumulator_device: where scoring keeps its accumulators, such as "cpu". None: beside the gradients.
         mode: "resident" (blocks stand in the weight), "additive" (blocks act beside it) or "auto": resident for a
@@ -61,6 +63,7 @@ class SMTConfig(PeftConfig):
     criterion: str = field(default="abs_of_sum", metadata={"help": "How blocks are scored."})
     policy: str = field(default="global", metadata={"help": "How blocks are chosen."})
     shares: dict[str, float] | None = field(default=None, metadata={"help": "Shares of the budget by group."})
+    max_backward_cost: float | None = field(default=None, metadata={"help": "Fraction of the whole dX chain."})
     warmup_steps: int = field(default=100, metadata={"help": "Batches to score with."})
     accumulator_device: str | None = field(default=None, metadata={"help": "Where scoring accumulates."})
     mode: str = field(default="auto", metadata={"help": "auto, resident or additive."})
@@ -102,6 +105,7 @@ class SMTConfig(PeftConfig):
         collect(check_budget, self.budget)
         collect(check_criterion, self.criterion)
         collect(check_policy, self.policy, self.shares)
+        collect(check_max_backward_cost, self.max_backward_cost)
         if self.plan is not None:
             collect(Plan.from_dict, self.plan)
         if faults:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from smtune.blocks import BlockIndex, gather, scatter_
+from smtune.blocks import BlockColumns, BlockIndex, gather, scatter_
 from smtune.errors import InputError
-from smtune.linear import additive_block_linear, block_linear
+from smtune.linear import TakeColumns, additive_block_linear, block_linear
+from smtune.tuner.sharing import SharedInput
 
 
 class Blocks(nn.Module):
@@ -93,12 +95,19 @@ class _ActiveSet:
         self.index = _union(places)
         self.slots = [_positions(each, self.index) for each in places]
         self._within: tuple[BlockIndex, Tensor | None] | None = None
+        self._keeping: BlockIndex | None = None
 
     def positions(self, all_places: BlockIndex) -> Tensor | None:
         """Those of `index` among all places of the layer, (U,) int64; None if the two are the same."""
         if self._within is None or self._within[0] is not all_places:
             self._within = all_places, _positions(self.index, all_places)
         return self._within[1]
+
+    def keeping(self, columns: BlockColumns) -> BlockIndex:
+        """`index.keeping(columns)`, made once."""
+        if self._keeping is None or self._keeping.columns is not columns:
+            self._keeping = self.index.keeping(columns)
+        return self._keeping
 
     def total(self, deltas: Sequence[Tensor]) -> Tensor:
         """Σ of the adapters' deltas over `index`, (U, l, l), differentiable in each."""
@@ -149,6 +158,7 @@ class SMTLinear(nn.Module, SMTLayer):
         self._union: BlockIndex | None = None
         self._standing: _ActiveSet | None = None
         self._active_set: _ActiveSet | None = None
+        self._shared: SharedInput | None = None
         # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
         self._put_aside: list[nn.Module] = []
 
@@ -286,12 +296,36 @@ class SMTLinear(nn.Module, SMTLayer):
             self.restore()
             return self._hooked(self.base_layer(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
+        index, take = self._saving(adapters, x)
         weight = self.base_layer.weight
         if not (self.resident and _is_here(weight) and _is_plain(self.base_layer)):
             self.restore()
-            return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, adapters.index)
+            return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, index, take)
         self._stand(adapters, total)
-        return self._hooked(block_linear(x, weight, self.base_layer.bias, total, adapters.index), adapters, total)
+        return self._hooked(block_linear(x, weight, self.base_layer.bias, total, index, take), adapters, total)
+
+    def _saving(self, adapters: _ActiveSet, x: Tensor) -> tuple[BlockIndex, TakeColumns | None]:
+        """The adapters' blocks with the columns of x that are saved for them, and how those are come by."""
+        shared = self._shared
+        if shared is None or not torch.is_grad_enabled() or self.learning() is None:
+            return adapters.index, None
+        return adapters.keeping(shared.columns()), partial(shared.take, self, x)
+
+    def learning(self) -> BlockIndex | None:
+        """The blocks that the next forward takes gradients for; None if there are none."""
+        adapters = None if self.disable_adapters or self.merged else self._adapters(self.active_adapters)
+        if adapters is None or not any(self._blocks(name).weight.requires_grad for name in adapters.names):
+            return None
+        return adapters.index
+
+    def share_input(self, shared: SharedInput) -> None:
+        """Save the input's columns together with the layers of `shared`, of which this is one."""
+        self._shared = shared
+
+    @property
+    def block_size(self) -> int:
+        """l, the same for all adapters of a layer."""
+        return self._places()[0].grid.block_size
 
     def _hooked(self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None) -> Tensor:
         """This layer's backward reads W: just before it, let the blocks of its forward's adapters stand there."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import nn
 
+from smtune.depth import backward_end, siblings
 from smtune.errors import InputError
 from smtune.scoring import DATA_FREE
 from smtune.selection import Plan
 from smtune.tuner.config import SMTConfig
 from smtune.tuner.layer import SMTLayer, SMTLinear
 from smtune.tuner.plan import make_plan
+from smtune.tuner.sharing import SharedInput
 from smtune.tuner.targets import DEFAULT_TARGETS
 
 try:
@@ -39,6 +42,7 @@ class SMTModel(BaseTuner):
         self._complete(model, config)
         self._check_block_size(adapter_name, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _share_inputs(model)
 
     @staticmethod
     def _complete(model: nn.Module, config: Any) -> None:
@@ -115,6 +119,20 @@ class SMTModel(BaseTuner):
             )
         return "additive"
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's. Where the embeddings' output is made to require a gradient, as transformers and PEFT do for
+        activation checkpointing, the backward still ends at the lowest layer that is trained.
+
+        Not for embeddings that the caller passes in, whose gradient may be wanted, nor while a compiler traces.
+        """
+        asked = getattr(self.model, "_require_grads_hooks", None)
+        compiling = torch.compiler.is_compiling()
+        if not asked or compiling or not torch.is_grad_enabled() or kwargs.get("inputs_embeds") is not None:
+            return super().forward(*args, **kwargs)
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        with backward_end(self.model, trained):
+            return super().forward(*args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
         was_active = adapter_name in self.active_adapters
@@ -149,3 +167,17 @@ class SMTModel(BaseTuner):
                 "SMT. Call `set_adapter` and run each adapter's rows apart."
             )
         yield
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let layers that read one input, such as q, k and v of an attention, save its columns together."""
+    for parent in model.modules():
+        groups: dict[tuple[frozenset[str], int, int], list[SMTLinear]] = {}
+        for name, layer in parent.named_children():
+            if isinstance(layer, SMTLinear) and layer.smt_blocks:
+                groups.setdefault((siblings(name), layer.in_features, layer.block_size), []).append(layer)
+        for layers in groups.values():
+            if len(layers) > 1:
+                shared = SharedInput(layers)
+                for layer in layers:
+                    layer.share_input(shared)

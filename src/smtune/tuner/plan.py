@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smtune.depth import backward_costs
 from smtune.errors import InputError
 from smtune.scoring import Scores, score
-from smtune.selection import ModulePlan, Plan, select
+from smtune.selection import ModulePlan, Plan, backward_cost, select, total_score
 from smtune.tuner.targets import count_parameters, find_targets, model_name
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def score_blocks(
     *,
     progress: bool | Callable[[int], object] | None = None,
 ) -> Scores:
-    """The first half of `make_plan`: {module name: (R, C) scores}, with the block size and batches seen."""
+    """The first half of `make_plan`: {module name: (R, C) scores}, with what `select_blocks` needs of the model."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise InputError(
             "Expected the base model. Got one that is wrapped by PEFT already: make the plan first, or pass "
@@ -82,28 +84,41 @@ def score_blocks(
             on_batch=on_batch,
         )
     scores.model_name = model_name(model)
+    scores.backward_costs = backward_costs(model, targets)
     return scores
 
 
 def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params: int) -> Plan:
-    """The second half of `make_plan`: scores and `config`'s budget and policy to a plan.
+    """The second half of `make_plan`: scores and `config`'s budgets and policy to a plan.
 
     Args:
-        scores: as `score_blocks` gives them, or any {module name: (R, C) tensor} with a numeric `config.block_size`.
-        config: budget, policy, shares.
+        scores: as `score_blocks` gives them, or any {module name: (R, C) tensor} with a numeric `config.block_size`;
+            only the former know what a backward costs.
+        config: budget, policy, shares, max_backward_cost.
         total_params: parameters of the whole model, which a fractional budget counts from.
+    Raises:
+        InputError: see `smtune.selection.select`.
     """
     block_size = scores.block_size if isinstance(scores, Scores) else config.block_size
     if isinstance(block_size, str):
         raise InputError('Expected a numeric block_size with scores of your own making. Got "auto".')
-    chosen = select(
+    costs = scores.backward_costs if isinstance(scores, Scores) else None
+    limit = config.max_backward_cost
+    select_within = partial(
+        select,
         scores,
         block_size=block_size,
         budget=config.budget,
         total_params=total_params,
         policy=config.policy,
         shares=config.shares,
+        backward_costs=costs,
     )
+    chosen = select_within(max_backward_cost=limit)
+    kept = None
+    if limit is not None:
+        whole = total_score(select_within(), scores)
+        kept = total_score(chosen, scores) / whole if whole else 1.0
     modules = {
         name: ModulePlan(
             shape=(index.grid.out_features, index.grid.in_features),
@@ -125,6 +140,9 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
         model_name=scores.model_name if isinstance(scores, Scores) else "",
         shares=config.shares,
         seed=config.seed,
+        max_backward_cost=limit,
+        backward_cost=backward_cost(chosen, costs) if costs is not None else None,
+        score_kept=kept,
     )
 
 

@@ -1,0 +1,179 @@
+"""How deep a backward goes: what it costs down to a layer, and how to make it end there.
+
+A frozen model's backward is one chain of products dX = dY W from the loss downwards, 2·O·I FLOP a token for every
+linear layer on the way. It ends at the lowest layer that is trained: a layer's own weight gradient needs its dY and
+its X, but no dX, and nothing below it is computed. So the higher the lowest trained layer, the cheaper the step:
+
+    cost of a plan = Σ O·I of the linear layers above its lowest selected one / the same for the lowest targeted one
+
+Layers that read one input (q, k and v) stand side by side: none is above another. The order is that of the modules
+in the model, which in decoders is that of the data. Attention's own products and norms, which have no weight matrix,
+are not in the count. Where a layer's MLP stands beside its attention (GPT-J, Phi, Cohere), the count is too high by at
+most one MLP; every expert of a mixture counts as if all tokens went through it.
+
+Autograd ends there by itself, unless something makes the embeddings' output require a gradient, as transformers does
+for activation checkpointing. `backward_end` undoes that for the layers below the lowest trained one.
+
+Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+
+SHARED_INPUTS: tuple[frozenset[str], ...] = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+)
+"""Last names of modules that, under one parent, read the same input."""
+
+
+def siblings(name: str) -> frozenset[str]:
+    """The last names of the modules that read the same input as module `name`, its own included."""
+    last = name.rpartition(".")[2]
+    return next((group for group in SHARED_INPUTS if last in group), frozenset({last}))
+
+
+def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]:
+    """What the backward costs if a target is the lowest that is trained.
+
+    Args:
+        model: its linear layers are counted by `in_features` and `out_features`, quantised ones and the head too.
+        targets: names of linear layers of the model.
+    Returns:
+        The cost by name, a fraction of the chain down to the lowest target, which costs 1.
+    """
+    sizes: dict[tuple[str, frozenset[str]], int] = {}
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if name.startswith(adapted) or not (isinstance(out_features, int) and isinstance(in_features, int)):
+            continue
+        if hasattr(module, "base_layer"):  # it stands for the layer that is inside it
+            adapted = (*adapted, f"{name}.")
+        sizes[_place(name)] = sizes.get(_place(name), 0) + out_features * in_features
+    above: dict[tuple[str, frozenset[str]], int] = {}
+    rest = sum(sizes.values())
+    for place, size in sizes.items():
+        rest -= size
+        above[place] = rest
+    chain = {name: above[_place(name)] for name in targets}
+    whole = max(chain.values(), default=0)
+    return {name: size / whole if whole else 0.0 for name, size in chain.items()}
+
+
+def _place(name: str) -> tuple[str, frozenset[str]]:
+    """The same for all modules that read one input: their parent and their last names."""
+    return name.rpartition(".")[0], siblings(name)
+
+
+@contextmanager
+def backward_end(model: nn.Module, trained: Iterable[str]) -> Iterator[bool]:
+    """Let the backward of the forwards run inside end at the lowest layer that is trained.
+
+    A *layer* is an item of a list of layers, such as a decoder's. What comes into the first one is cut off from the
+    embeddings, so that the layers below the lowest trained one keep nothing, and those are not checkpointed: there is
+    nothing to recompute. The input of the lowest trained layer requires a gradient only where that layer is under
+    reentrant checkpointing, which runs a layer's backward for the sake of its inputs; dX of all its products is then
+    computed. Nothing is cut off where a gradient would reach a parameter below, such as a trained embedding row.
+
+    Args:
+        model: a model whose frozen parameters require no gradient.
+        trained: names of modules or parameters that take gradients; those outside lists of layers do not count.
+    Yields:
+        Whether it stands. False, and nothing is done, where not exactly one list of layers holds what is trained in
+        any, or its layers may be checkpointed from outside: hooks would then run inside the checkpoint.
+    """
+    layers = _up_to_lowest(model, trained)
+    if not layers or not all(map(_checkpoints_itself, layers)):
+        yield False
+        return
+    first, below, lowest = layers[0], layers[:-1], layers[-1]
+    with ExitStack() as stack:
+
+        def cut(hidden: Tensor) -> Tensor:
+            if _reaches_parameter(hidden):
+                return hidden
+            for layer in below:
+                function = getattr(layer, _CHECKPOINT, _call)
+                if function is not _call:
+                    stack.callback(setattr, layer, _CHECKPOINT, function)
+                    setattr(layer, _CHECKPOINT, _call)
+            return hidden.detach()
+
+        def require(hidden: Tensor) -> Tensor:
+            return hidden.detach().requires_grad_() if _is_reentrant(lowest) and not hidden.requires_grad else hidden
+
+        for layer, change in ((first, cut), (lowest, require)):
+            hook = layer.register_forward_pre_hook(_on_hidden_states(change), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield True
+
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers' layers keep the function that runs them under checkpointing."""
+
+
+def _up_to_lowest(model: nn.Module, trained: Iterable[str]) -> list[nn.Module]:
+    """The layers from the first to the lowest trained one; none without exactly one list of layers."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    places: set[tuple[str, int]] = set()
+    for name in trained:
+        outermost = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in lists), None)
+        if outermost is not None:
+            places.add((outermost, int(name.removeprefix(f"{outermost}.").partition(".")[0])))
+    if len({name for name, _ in places}) != 1:
+        return []
+    name, lowest = min(places)
+    return list(model.get_submodule(name).children())[: lowest + 1]
+
+
+def _checkpoints_itself(layer: nn.Module) -> bool:
+    """Whether the layer's own `forward` does its checkpointing, as in transformers: hooks then run outside of it.
+
+    Asked of the class, since a wrapper passes its layer's attributes off as its own.
+    """
+    return hasattr(type(layer), "gradient_checkpointing") and type(layer).__call__ is nn.Module.__call__
+
+
+def _is_reentrant(layer: Any) -> bool:
+    """Whether the layer is under reentrant checkpointing, which is assumed of a function that does not say."""
+    keywords = getattr(getattr(layer, _CHECKPOINT, None), "keywords", {})
+    return bool(layer.gradient_checkpointing and layer.training and keywords.get("use_reentrant", True) is not False)
+
+
+def _reaches_parameter(tensor: Tensor) -> bool:
+    """Whether a gradient of the tensor would reach a parameter, rather than only what was told to require one."""
+    nodes: list[Any] = [tensor.grad_fn]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        nodes += [child for child, _ in node.next_functions]
+    return False
+
+
+def _call(function: Callable, *args: Any) -> Any:
+    return function(*args)
+
+
+def _on_hidden_states(change: Callable[[Tensor], Tensor]) -> Callable:
+    """A hook that changes what a layer reads: its first argument, or `hidden_states`."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args and isinstance(args[0], Tensor):
+            return (change(args[0]), *args[1:]), kwargs
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+        return None
+
+    return hook

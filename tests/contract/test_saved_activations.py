@@ -1,0 +1,313 @@
+"""What is saved for the backward: the union of the columns that q, k and v read, once, by storage, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import smtune
+from smtune.selection import ModulePlan, Plan
+from smtune.tuner.layer import SMTLinear
+
+N_TOKENS = 2 * 16
+SIZE = 8
+
+
+def config(model, mode="auto", blocks=40, **changes):
+    changes = {"target_modules": ["q_proj", "k_proj", "v_proj"], "criterion": "random"} | changes
+    return smtune.SMTConfig(block_size=SIZE, budget=blocks, mode=mode, init_weights=False, **changes)
+
+
+def batch():
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def saved_bytes(model, forward):
+    """Bytes of the distinct storages handed to the backward, parameters and buffers apart; and the forward's output."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    return sum(storage.nbytes() for storage in held.values()), output
+
+
+def floor_bytes(base):
+    """What a frozen model saves whose backward ends where that of blocks in the lowest q, k and v does."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    attention = model.model.layers[0].self_attn
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        layer.register_forward_hook(lambda module, args, y: y.requires_grad_())
+    return saved_bytes(model, lambda: model(**batch()).loss)[0]
+
+
+def attentions(model):
+    return [module for module in model.modules() if hasattr(module, "q_proj")]
+
+
+def smt_layers(model):
+    return [module for module in model.modules() if isinstance(module, SMTLinear)]
+
+
+def union(attention):
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    indices = [layer.learning() for layer in layers if isinstance(layer, SMTLinear)]
+    return {col for index in indices if index is not None for _, col in index.pairs}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def alone(model):
+    """The same model whose layers share nothing."""
+    model = copy.deepcopy(model)
+    for layer in smt_layers(model):
+        layer._shared = None
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("blocks", [2, 12, 40])
+def test_saved_bytes_are_the_contract_exactly(tiny_llama, mode, dtype, blocks):
+    base = tiny_llama.to(dtype)
+    # Blocks in every layer, so that both backwards end at the lowest one.
+    pairs = [(k % 4, (3 * k) % 8) for k in range(blocks // 2)][:16]
+    modules = {}
+    for layer in range(2):
+        for k, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+            chosen = sorted(set(pairs[k::3]))
+            name = f"model.layers.{layer}.self_attn.{projection}"
+            shape = tuple(base.get_submodule(name).weight.shape)
+            modules[name] = ModulePlan(shape, tuple(r for r, _ in chosen), tuple(c for _, c in chosen))
+    plan = Plan(modules, SIZE, "by hand", "by hand", blocks, 1)
+    model = peft.get_peft_model(copy.deepcopy(base), config(base, mode).with_plan(plan))
+    actual, _ = saved_bytes(model, lambda: model(**batch()).loss)
+    expected = sum(N_TOKENS * len(union(attention)) * SIZE * dtype.itemsize for attention in attentions(model))
+    assert expected > 0
+    assert actual - floor_bytes(base) == expected
+
+
+def test_every_column_saves_x_itself_once(tiny_llama):
+    model = peft.get_peft_model(copy.deepcopy(tiny_llama), config(tiny_llama, blocks=1000))
+    actual, _ = saved_bytes(model, lambda: model(**batch()).loss)
+    assert actual - floor_bytes(tiny_llama) == 2 * N_TOKENS * 64 * 4
+
+
+def test_gate_and_up_share_too(tiny_llama):
+    targets = {"target_modules": ["gate_proj", "up_proj"]}
+    model = peft.get_peft_model(copy.deepcopy(tiny_llama), config(tiny_llama, **targets))
+    for layer in model.base_model.model.model.layers:
+        assert layer.mlp.gate_proj._shared is layer.mlp.up_proj._shared is not None
+    shared, _ = saved_bytes(model, lambda: model(**batch()).loss)
+    apart, _ = saved_bytes(alone(model), lambda: alone(model)(**batch()).loss)
+    assert shared < apart
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("how", ["plain", "reentrant", "non-reentrant", "offload", "autocast"])
+def test_gradients_are_those_of_layers_that_share_nothing(tiny_llama, how, mode):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, mode))
+    other = alone(model)
+    for each in (model, other):
+        each.train()
+        if "reentrant" in how:
+            each.base_model.model.activation_checkpointing_enable({"use_reentrant": how == "reentrant"})
+            each.enable_input_require_grads()
+        if how == "offload":
+            with save_on_cpu():
+                each(**batch()).loss.backward()
+        elif how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                each(**batch()).loss.backward()
+        else:
+            each(**batch()).loss.backward()
+    expected = gradients(other)
+    assert expected
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def n_gathers(model, forward_and_backward):
+    """How often columns of x were copied."""
+    calls = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.index_select.default:
+                calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        forward_and_backward()
+    return len(calls)
+
+
+def test_one_gather_for_an_attention_also_when_recomputed(tiny_llama):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, blocks=20)).train()
+    assert all(len(union(attention)) < 8 for attention in attentions(model))
+    assert n_gathers(model, lambda: model(**batch()).loss.backward()) == 2
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    assert n_gathers(model, lambda: model(**batch()).loss.backward()) == 2 * 2
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    assert n_gathers(model, lambda: model(**batch()).loss.backward()) == 2  # none in the gradient-free forward
+
+
+def test_nothing_survives_a_step(tiny_llama):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama)).train()
+
+    def alive():
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+
+    model(**batch()).loss.backward()
+    before = alive()
+    model(**batch()).loss.backward()
+    assert alive() - before == set()
+    loss = model(**batch()).loss  # a forward without its backward
+    assert all(layer._shared._held is None for layer in smt_layers(model))
+    del loss
+    assert alive() - before == set()
+
+
+class Attention(nn.Module):
+    """q reads `x`, k and v read `memory`; `skips` leaves v out; `changes` alters x in place after q."""
+
+    def __init__(self, skips=False, changes=False):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, 64) for _ in range(3))
+        self.skips, self.changes = skips, changes
+
+    def forward(self, x, memory):
+        y = self.q_proj(x)
+        if self.changes:
+            memory.mul_(2)
+        y = y + self.k_proj(memory)
+        return y if self.skips else y + self.v_proj(memory)
+
+
+@pytest.mark.parametrize("case", ["cross", "skips", "changes"])
+def test_layers_that_do_not_share_after_all(case):
+    attention = Attention(skips=case == "skips", changes=case == "changes")
+    model = nn.Sequential()
+    model.add_module("attention", attention)
+    setting = config(model, blocks=9, target_modules=["q_proj", "k_proj", "v_proj"])
+    tuned = peft.get_peft_model(model, setting).base_model.model.attention
+    other = alone(tuned)
+    x = torch.randn(5, 64)
+    memory = torch.randn(5, 64) if case == "cross" else x
+    for each in (tuned, other):
+        each(x.clone(), memory.clone()).sum().backward() if case == "cross" else (
+            lambda y: each(y, y).sum().backward()
+        )(x.clone())
+    expected = gradients(other)
+    assert expected
+    for name, gradient in gradients(tuned).items():
+        assert torch.equal(gradient, expected[name]), name
+    shared = tuned.q_proj._shared
+    assert shared is not None
+    gc.collect()
+    assert shared._held is None  # v never came for it; it went with x
+
+
+def test_a_frozen_sibling_needs_no_columns(tiny_llama):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, blocks=20))
+    attention = attentions(model)[0]
+    attention.v_proj.smt_blocks["default"].requires_grad_(False)
+    kept = attention.q_proj._shared.columns().cols
+    reads = {col for layer in (attention.q_proj, attention.k_proj) for _, col in layer.learning().pairs}
+    assert set(kept) == reads
+
+
+def test_columns_follow_the_active_adapter(tiny_llama):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, blocks=20, seed=1))
+    model.add_adapter("other", config(tiny_llama, blocks=20, seed=2))
+    shared = attentions(model)[0].q_proj._shared
+    first = shared.columns().cols
+    model.set_adapter("other")
+    assert shared.columns().cols == tuple(sorted(union(attentions(model)[0])))
+    model.set_adapter("default")
+    assert shared.columns().cols == first
+    model.base_model.set_adapter(["default", "other"])
+    assert set(shared.columns().cols) >= set(first)
+    model(**batch()).loss.backward()
+
+
+def test_copies_and_pickles_share_among_themselves(tiny_llama):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, blocks=20))
+    model(**batch()).loss.backward()
+    expected = gradients(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layers = smt_layers(twin)
+        assert all(any(each is layer for layer in layers) for each in layers[0]._shared.layers)
+        twin.zero_grad()
+        twin(**batch()).loss.backward()
+        for name, gradient in gradients(twin).items():
+            assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
+def test_compiled_gathers_are_merged(tiny_llama):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, blocks=20)).train()
+    attention = attentions(model)[0]
+    graphs = []
+
+    def capture(graph, example_inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def project(x):
+        return attention.q_proj(x).sum() + attention.k_proj(x).sum() + attention.v_proj(x).sum()
+
+    backend = aot_autograd(fw_compiler=capture, bw_compiler=capture, partition_fn=min_cut_rematerialization_partition)
+    x = torch.randn(2, 16, 64)
+    torch.compile(project, backend=backend, fullgraph=True)(x).backward()
+    gathers = [node for graph in graphs for node in graph.graph.nodes if "index_select" in str(node.target)]
+    assert len(gathers) == 1
+    compiled = gradients(model)
+    model.zero_grad()
+    project(x).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(compiled[name], gradient)
+
+
+def test_checkpoint_by_hand(tiny_llama):
+    """A plain checkpoint around an attention's projections, x kept alive outside."""
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, blocks=20)).train()
+    attention = attentions(model)[0]
+    x = torch.randn(2, 16, 64, requires_grad=True)
+
+    def project(x):
+        return attention.q_proj(x).sum() + attention.k_proj(x).sum() + attention.v_proj(x).sum()
+
+    project(x).backward()
+    expected, expected_x = gradients(model), x.grad.clone()
+    for use_reentrant in (False, True):
+        model.zero_grad()
+        x.grad = None
+        checkpoint(project, x, use_reentrant=use_reentrant).backward()
+        assert torch.equal(x.grad, expected_x)
+        for name, gradient in gradients(model).items():
+            assert torch.equal(gradient, expected[name]), name
+        assert attention.q_proj._shared._held is None

@@ -1,0 +1,136 @@
+"""DDP and FSDP2 over two gloo processes train the blocks that one process trains, resident and additive."""
+
+from __future__ import annotations
+
+import socket
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import smtune
+
+WORLD_SIZE, N_STEPS = 2, 3
+CASES = [
+    (wrapper, mode, checkpointing)
+    for wrapper in ("ddp", "fsdp2")
+    for mode in ("resident", "additive")
+    for checkpointing in (False, True)
+    if not (mode == "additive" and checkpointing)
+]
+
+
+def make_model(mode, checkpointing):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            vocab_size=64,
+        )
+    )
+    config = smtune.SMTConfig(
+        target_modules=["q_proj", "k_proj", "v_proj"], block_size=8, budget=17, criterion="random", mode=mode
+    )
+    model = peft.get_peft_model(base, config)
+    if checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def rows(step):
+    """4 rows for each of 2 micro-batches; a rank takes every second row."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 64, (2, 4, 12), generator=generator)
+
+
+def train(model, ids_of_step, scale=1.0):
+    """Steps of two accumulated micro-batches each, with an evaluation in the middle of every step.
+
+    `scale` multiplies the loss. Returns the blocks by name, whole, and the losses of the evaluations.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step in range(N_STEPS):
+        first, second = ids_of_step(step)
+        for ids in (first, second):
+            loss = model(input_ids=ids, labels=ids).loss
+            with torch.no_grad():
+                losses.append(model(input_ids=ids, labels=ids).loss.item())
+            (loss * scale).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    blocks = {
+        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    return blocks, losses
+
+
+def wrap(model, wrapper):
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def rank_main(rank, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
+    try:
+        results = {}
+        for wrapper, mode, checkpointing in CASES:
+            model = wrap(make_model(mode, checkpointing), wrapper)
+            sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+            assert (sharded > 0) == (wrapper == "fsdp2")
+            blocks, losses = train(model, lambda step: rows(step)[:, rank::WORLD_SIZE])
+            results[wrapper, mode, checkpointing] = blocks, losses
+        torch.save(results, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(rank_main, args=(free_port(), folder), nprocs=WORLD_SIZE)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize(("wrapper", "mode", "checkpointing"), CASES)
+def test_two_processes_train_as_one(ranks, wrapper, mode, checkpointing):
+    expected, expected_losses = train(make_model(mode, checkpointing), rows)
+    (blocks, losses), (others, other_losses) = (results[wrapper, mode, checkpointing] for results in ranks)
+    assert list(blocks) == list(expected)
+    for name, block in blocks.items():
+        assert torch.equal(block, others[name])
+        assert block.abs().max() > 1e-3  # it has learned
+        # AdamW's first steps are nearly sign steps: entries whose gradient is rounding noise may go either way.
+        apart = (block - expected[name]).abs()
+        assert apart.median() < 1e-6
+        assert (apart > 1e-4).float().mean() < 0.01
+    # Each rank evaluates its own half of the rows; together they are what one process saw, with the same blocks.
+    together = [(a + b) / 2 for a, b in zip(losses, other_losses)]
+    assert together == pytest.approx(expected_losses, rel=1e-4)
+    assert expected_losses[-1] != pytest.approx(expected_losses[0], rel=1e-3)

@@ -1,0 +1,38 @@
+"""Each candidate for the block gradient against the dense reference, and which of them the loop is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smtune.blocks import BlockGrid, BlockIndex
+from smtune.kernels import block_grad, block_grad_reference
+from smtune.kernels.candidates import CANDIDATES, used_candidate
+
+PAIRS = [(3, 1), (0, 2), (3, 0), (0, 0), (1, 2)]
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5 + 2**-8, torch.float16: 1e-5 + 2**-11}
+"""Relative to the largest value: the contract's, with one rounding for 16 bits."""
+
+
+def operands(dtype, index, n_tokens=37):
+    grad_y = torch.randn(n_tokens, index.grid.out_features).to(dtype)
+    x = torch.randn(n_tokens, 2 * index.grid.in_features).to(dtype)[:, ::2]
+    return grad_y, x
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidate_equals_the_dense_gradient_at_the_blocks(name, dtype):
+    index = BlockIndex.from_pairs(BlockGrid(64, 48, 16), PAIRS)
+    grad_y, x = operands(dtype, index)
+    expected = block_grad_reference(grad_y, x, index)
+    actual = CANDIDATES[name](grad_y, x, index.pairs, 16)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=BOUND[dtype] * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_the_used_candidate_is_what_block_grad_computes(dtype):
+    index = BlockIndex.from_pairs(BlockGrid(64, 48, 16), PAIRS)
+    grad_y, x = operands(dtype, index)
+    candidate = CANDIDATES[used_candidate(dtype, x.device)]
+    assert torch.equal(block_grad(grad_y, x, index), candidate(grad_y, x, index.pairs, 16))
