@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTISED := $(VENV)/.quantised
 
-.PHONY: demo test check env clean
+.PHONY: demo test check bench bench-gpu env clean
 
 demo: $(INSTALLED)
 	$(BIN)/smtune demo
@@ -21,6 +21,14 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -q tests/unit/test_imports.py
+
+# About three hours on two cores that nobody else uses; a stopped run goes on where it was.
+bench: $(INSTALLED)
+	$(BIN)/smtune bench --suite all --dtype float32,bfloat16 --rival benchmarks/appendix_a.py \
+		--output docs/results/bench.json --page docs/benchmarks.md
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --output docs/results/bench_gpu.json
 
 env: $(INSTALLED)
 

@@ -9,11 +9,9 @@ Shapes: O out, I in, l block size, R×C grid (R = O/l, C = I/l), m blocks. Impor
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,23 +78,6 @@ class BlockColumns:
         return BlockColumns, (self.cols, self.n_cols)
 
 
-class BlockTables(NamedTuple):
-    """An index as a kernel on a device reads it: int32, there.
-
-    Attributes:
-        blocks: (2, m), row and column of each block.
-        compact_blocks: (2, m), row and position among the kept columns of each block.
-        by_row: the blocks gathered by row: `groups` (3, G), the row and the first and the last-plus-one of its
-            `members`; `members` (2, m), a block's column and its number in the index.
-        by_col: the same with the parts of row and column exchanged.
-    """
-
-    blocks: Tensor
-    compact_blocks: Tensor
-    by_row: tuple[Tensor, Tensor]
-    by_col: tuple[Tensor, Tensor]
-
-
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
     """m distinct blocks of a grid, in a fixed order: block k is (rows[k], cols[k]).
@@ -120,7 +101,6 @@ class BlockIndex:
     columns: BlockColumns = field(init=False, repr=False)
     compact_pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False)
-    _tables: dict[torch.device, BlockTables] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         n_rows, n_cols = self.grid.shape
@@ -164,7 +144,6 @@ class BlockIndex:
         position = {col: k for k, col in enumerate(columns.cols)}
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "compact_pairs", tuple((row, position[col]) for row, col in self.pairs))
-        object.__setattr__(self, "_tables", {})
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows, cols) as int64 on `device`; copied there once."""
@@ -172,18 +151,6 @@ class BlockIndex:
             with torch.inference_mode(False):  # kept for later uses, which may be in training
                 self._on[device] = (self.rows.to(device), self.cols.to(device))
         return self._on[device]
-
-    def tables(self, device: torch.device) -> BlockTables:
-        """The index for the kernels on `device`; made and copied there once."""
-        if device not in self._tables:
-            with torch.inference_mode(False):
-                self._tables[device] = BlockTables(
-                    _table(zip(*self.pairs), device),
-                    _table(zip(*self.compact_pairs), device),
-                    _grouped(self.pairs, device),
-                    _grouped([(col, row) for row, col in self.pairs], device),
-                )
-        return self._tables[device]
 
     def __deepcopy__(self, memo: dict) -> BlockIndex:
         return self  # immutable
@@ -194,20 +161,6 @@ class BlockIndex:
 
 def _rebuild_index(grid: BlockGrid, rows: Tensor, cols: Tensor, columns: BlockColumns) -> BlockIndex:
     return BlockIndex(grid, rows, cols).keeping(columns)
-
-
-def _grouped(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(target, source) pairs as `BlockTables` groups them, by target."""
-    order = sorted(range(len(pairs)), key=lambda block: pairs[block])
-    groups = []
-    for target, members in itertools.groupby(enumerate(order), key=lambda member: pairs[member[1]][0]):
-        places = [place for place, _ in members]
-        groups.append((target, places[0], places[-1] + 1))
-    return _table(zip(*groups), device), _table(zip(*((pairs[block][1], block) for block in order)), device)
-
-
-def _table(columns: Iterable[tuple[int, ...]], device: torch.device) -> Tensor:
-    return torch.tensor(list(columns), dtype=torch.int32, device="cpu").to(device)
 
 
 def tile(weight: Tensor, block_size: int) -> Tensor:

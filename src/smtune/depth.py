@@ -76,14 +76,15 @@ def _place(name: str) -> tuple[str, frozenset[str]]:
 def backward_end(model: nn.Module, trained: Iterable[str]) -> Iterator[bool]:
     """Let the backward of the forwards run inside end at the lowest layer that is trained.
 
-    A *layer* is an item of a list of layers, such as a decoder's. What comes into the first one is cut off from the
-    embeddings, so that the layers below the lowest trained one keep nothing, and those are not checkpointed: there is
-    nothing to recompute. The input of the lowest trained layer requires a gradient only where that layer is under
-    reentrant checkpointing, which runs a layer's backward for the sake of its inputs; dX of all its products is then
-    computed. Nothing is cut off where a gradient would reach a parameter below, such as a trained embedding row.
+    A *layer* is an item of a list of layers, such as a decoder's. The output of frozen embeddings requires no gradient,
+    whatever hooks say that were there before, so the layers below the lowest trained one keep nothing; nor are they
+    checkpointed, for there is nothing to recompute. The input of the lowest trained layer requires a gradient only if
+    that layer is under reentrant checkpointing, which runs a layer's backward for the sake of its inputs; dX of all its
+    products is then computed. What does take a gradient below, such as a trained embedding or the caller's own
+    embeddings, still gets it.
 
     Args:
-        model: a model whose frozen parameters require no gradient.
+        model: its embeddings are what `get_input_embeddings()` gives, if it has that.
         trained: names of modules or parameters that take gradients; those outside lists of layers do not count.
     Yields:
         Whether it stands. False, and nothing is done, where not exactly one list of layers holds what is trained in
@@ -96,21 +97,29 @@ def backward_end(model: nn.Module, trained: Iterable[str]) -> Iterator[bool]:
     first, below, lowest = layers[0], layers[:-1], layers[-1]
     with ExitStack() as stack:
 
-        def cut(hidden: Tensor) -> Tensor:
-            if _reaches_parameter(hidden):
-                return hidden
-            for layer in below:
+        def cut(module: nn.Module, args: Any, output: Any) -> Any:
+            # A leaf that requires a gradient has only been told to; a trained embedding's output has a history.
+            return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
+
+        def run_once(hidden: Tensor) -> Tensor:
+            for layer in () if hidden.requires_grad else below:
                 function = getattr(layer, _CHECKPOINT, _call)
                 if function is not _call:
                     stack.callback(setattr, layer, _CHECKPOINT, function)
                     setattr(layer, _CHECKPOINT, _call)
-            return hidden.detach()
+            return hidden
 
         def require(hidden: Tensor) -> Tensor:
             return hidden.detach().requires_grad_() if _is_reentrant(lowest) and not hidden.requires_grad else hidden
 
-        for layer, change in ((first, cut), (lowest, require)):
-            hook = layer.register_forward_pre_hook(_on_hidden_states(change), with_kwargs=True)
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        hooks = [
+            layer.register_forward_pre_hook(_on_hidden_states(change), with_kwargs=True)
+            for layer, change in ((first, run_once), (lowest, require))
+        ]
+        if isinstance(embeddings, nn.Module):
+            hooks.append(embeddings.register_forward_hook(cut))  # the last of its hooks
+        for hook in hooks:
             stack.callback(hook.remove)
         yield True
 
@@ -145,21 +154,6 @@ def _is_reentrant(layer: Any) -> bool:
     """Whether the layer is under reentrant checkpointing, which is assumed of a function that does not say."""
     keywords = getattr(getattr(layer, _CHECKPOINT, None), "keywords", {})
     return bool(layer.gradient_checkpointing and layer.training and keywords.get("use_reentrant", True) is not False)
-
-
-def _reaches_parameter(tensor: Tensor) -> bool:
-    """Whether a gradient of the tensor would reach a parameter, rather than only what was told to require one."""
-    nodes: list[Any] = [tensor.grad_fn]
-    seen = {None}
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
-            return True
-        nodes += [child for child, _ in node.next_functions]
-    return False
 
 
 def _call(function: Callable, *args: Any) -> Any:

@@ -14,6 +14,11 @@ Criteria (gₜ is the gradient of batch t; each is a mean over the block):
 - `activation`: |w| · ‖x column‖₂ (Wanda's score). Forward only.
 - `weight`: |w|; `random`: uniform noise from the seed. No data.
 
+The accumulators of `abs_of_sum` may be bf16, half the memory. Every batch then rounds each sum Sₜ by at most u·|Sₜ|,
+where u = 2⁻⁸ is the unit roundoff of bf16; so after T batches an entry is off by at most u·Σₜ|Sₜ|, and a block's score
+by at most the mean of that over the block. The Sₜ are the sums that stand in the accumulator; the fp32 rounding before
+(2⁻²⁴) and numbers below 2⁻¹²⁶ are left out. Ranks round once more when they add up.
+
 Imports torch and the modules below alone. Shapes: O out, I in, R×C grid, N tokens, l block size.
 """
 
@@ -37,6 +42,8 @@ from smtune.kernels import flatten
 
 DATA_FREE = ("weight", "random")
 """Criteria that need no batches."""
+
+ACCUMULATOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class _Accumulator:
 
     target: Target
     device: torch.device | None
+    dtype: torch.dtype = torch.float32
     batch: int = 0
     total: Tensor | None = None
     last_batch: int = field(default=0, repr=False)
@@ -119,18 +127,29 @@ class _Accumulator:
 
 
 class _AbsOfSum(_Accumulator):
+    """The gradient never exists: it is added by the product itself, or a few rows at a time to a sum of another dtype
+    or on another device."""
+
+    ROWS = 1024
+
     def shape(self) -> tuple[int, ...]:
         return self.target.grid.out_features, self.target.grid.in_features
 
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
+        if self.total is None:
+            wide = torch.promote_types(x_NI.dtype, torch.float32)
+            dtype = wide if self.dtype == torch.float32 else self.dtype
+            self.total = torch.zeros(self.shape(), dtype=dtype, device=self.device or x_NI.device)
         total = self.total
-        if total is not None and total.device == x_NI.device and total.dtype == x_NI.dtype:
-            total.addmm_(grad_y_NO.T, x_NI)  # the gradient never exists as a tensor of its own
-        else:
-            self._add(grad_y_NO.T @ x_NI)
+        if total.device == x_NI.device and total.dtype == x_NI.dtype != torch.bfloat16:
+            torch.addmm(total, grad_y_NO.T, x_NI, out=total)  # which FLOP counters know, unlike addmm_
+            return
+        for rows, grad_y in zip(total.split(self.ROWS), grad_y_NO.split(self.ROWS, dim=-1)):
+            rows.add_((grad_y.T @ x_NI).to(rows.device))
 
     def value(self) -> Tensor:
-        return self._tiles(self.sum.abs()).mean((-1, -2))
+        dtype = torch.promote_types(self.sum.dtype, torch.float32)
+        return self._tiles(self.sum.abs()).mean((-1, -2), dtype=dtype)
 
 
 class _Net(_Accumulator):
@@ -211,6 +230,20 @@ def check_criterion(criterion: str) -> None:
         )
 
 
+def check_accumulator_dtype(dtype: str, criterion: str) -> None:
+    """Raises InputError for an unknown dtype, or one that the criterion's accumulators cannot have."""
+    if dtype not in ACCUMULATOR_DTYPES:
+        raise InputError(
+            f"Expected accumulator_dtype to be one of {', '.join(ACCUMULATOR_DTYPES)}. Got {dtype!r}."
+            + did_you_mean(str(dtype), ACCUMULATOR_DTYPES)
+        )
+    if dtype != "float32" and criterion != "abs_of_sum":
+        raise InputError(
+            f'Expected accumulator_dtype {dtype!r} with the criterion "abs_of_sum" only. Got it with {criterion!r}, '
+            "whose accumulators are small: leave it out."
+        )
+
+
 def score(
     model: nn.Module,
     targets: Mapping[str, Target],
@@ -219,6 +252,7 @@ def score(
     criterion: str = "abs_of_sum",
     max_batches: int = 100,
     accumulator_device: torch.device | str | None = None,
+    accumulator_dtype: str = "float32",
     seed: int = 0,
     on_batch: Callable[[int], object] | None = None,
 ) -> Scores:
@@ -231,6 +265,8 @@ def score(
         batches: keyword dicts for the model; at most `max_batches` are drawn. May be None for `weight`, `random`.
         criterion: see the module's docstring.
         accumulator_device: where accumulators live; None: beside their gradient.
+        accumulator_dtype: "float32" (fp64 for an fp64 model), or "bfloat16" for `abs_of_sum`; see the module's
+            docstring for the error.
         seed: of `random`.
         on_batch: called after each batch with the number of batches done.
     Returns:
@@ -238,9 +274,14 @@ def score(
         any absolute value is taken, since |Σ| does not add up.
     Raises:
         InputError: no batch, a batch that is no dict, an output without a loss, a loss that is not finite.
-    Memory: the activations of a frozen backward and the targets' inputs; the accumulators; one gradient at a time.
+    Cost of a batch: forward and dX above the lowest target; and the targets' dense gradients, 2·N·O·I FLOP each, but
+        for `net` 2·N·R·C and for `activation` neither those nor a backward.
+    Memory: the activations of a frozen backward and the targets' inputs; the accumulators; for `sum_of_abs` and
+        `fisher` one gradient at a time, for `abs_of_sum` none, or a few rows of one where accumulators are bf16 or
+        elsewhere.
     """
     check_criterion(criterion)
+    check_accumulator_dtype(accumulator_dtype, criterion)
     if not targets:
         raise InputError("Expected at least one targeted layer. Got none.")
     block_size = next(iter(targets.values())).grid.block_size
@@ -258,7 +299,8 @@ def score(
         raise InputError(f"Expected batches for the criterion {criterion!r}. Got None.")
 
     device = _device(accumulator_device)
-    accumulators = {name: _ACCUMULATORS[criterion](target, device) for name, target in targets.items()}
+    dtype = ACCUMULATOR_DTYPES[accumulator_dtype]
+    accumulators = {name: _ACCUMULATORS[criterion](target, device, dtype) for name, target in targets.items()}
     seen = 0
     failure: Exception | None = None
     try:
@@ -386,7 +428,7 @@ def _tap_hook(accumulator: _Accumulator):
             return None
         if not torch.is_grad_enabled():  # the first, gradient-free pass of reentrant checkpointing
             return None
-        anchor = nn.Parameter(torch.zeros((), device=y.device))
+        anchor = torch.zeros((), device=y.device, requires_grad=True)
         return _Tap.apply(y, x, anchor, accumulator.fold)
 
     return hook
@@ -464,7 +506,8 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
         if total is not None:
             moved += total.to(device)
         dist.all_reduce(moved)
-        accumulator.total = moved.to(total.device) if total is not None else moved
+        kept = dtype if accumulator.dtype == torch.float32 else accumulator.dtype
+        accumulator.total = moved.to(device if total is None else total.device, kept)
     return seen
 
 

@@ -23,6 +23,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,9 +200,9 @@ class Plan:
                     score_mean=module["score_mean"],
                     score_max=module["score_max"],
                 )
-            fields = {field.name for field in dataclasses.fields(cls)} - {"modules", *_SINCE_COSTS}
-            costs = {name: values.get(name) for name in _SINCE_COSTS}
-            return cls(modules=modules, **{name: values[name] for name in fields}, **costs)
+            fields = {field.name for field in dataclasses.fields(cls)} - {"modules"}
+            known: dict[str, Any] = dict.fromkeys(_SINCE_COSTS) | dict(values)
+            return cls(modules=modules, **{name: known[name] for name in fields})
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

@@ -7,12 +7,18 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import smtune
 from smtune import InputError, SMTConfig
-from smtune.blocks import tile
-from smtune.scoring import CRITERIA
+from smtune.blocks import BlockGrid, tile
+from smtune.scoring import CRITERIA, Target, _AbsOfSum
+from smtune.training import parse_config
 
 SIZE = 16
 
@@ -218,6 +224,188 @@ def test_checkpointing_gives_the_same_scores(tiny_llama, use_reentrant):
     actual = smtune.score_blocks(tiny_llama, make_batches(), config())
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_the_backward_ends_at_the_lowest_target(tiny_llama, checkpointing):
+    """No dX of the first layer, though transformers makes the embeddings' output require a gradient."""
+    top = config(layers_to_transform=[1])
+    expected = smtune.score_blocks(tiny_llama, make_batches(), top)
+    if checkpointing is None:
+        tiny_llama.enable_input_require_grads()
+    else:
+        tiny_llama.activation_checkpointing_enable(checkpointing)
+    first, second = tiny_llama.model.layers
+    functions = [getattr(layer, "_gradient_checkpointing_func", None) for layer in (first, second)]
+    reached = {}
+    for layer in (first, second):
+        layer.self_attn.register_forward_hook(
+            lambda module, args, output, layer=layer: reached.update({layer: output[0].requires_grad})
+        )
+    actual = smtune.score_blocks(tiny_llama, make_batches(), top)
+    assert reached[first] is False
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-9)
+    assert [getattr(layer, "_gradient_checkpointing_func", None) for layer in (first, second)] == functions
+    assert not any(layer._forward_pre_hooks for layer in (first, second))
+
+
+# Its own floor --------------------------------------------------------------------------------------------------------
+
+
+def floor_flops(model, batch):
+    """Forward, and dX down to the lowest target: nothing else is asked of autograd."""
+    model.train().requires_grad_(False)
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, y: y + torch.zeros((), requires_grad=True)  # the target's output, and no weight
+        )
+        for name in smtune.score_blocks(model, None, config(criterion="random"))
+    ]
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "dtype"),
+    [
+        ("abs_of_sum", "float32"),
+        ("abs_of_sum", "bfloat16"),
+        ("net", "float32"),
+        ("sum_of_abs", "float32"),
+        ("fisher", "float32"),
+    ],
+)
+def test_a_batch_costs_the_floor_and_the_dense_gradients(tiny_llama, criterion, dtype):
+    (batch,) = make_batches(1)
+    floor = floor_flops(tiny_llama, batch)
+    settings = config(criterion=criterion, accumulator_dtype=dtype)
+    with FlopCounterMode(display=False) as counter:
+        scores = smtune.score_blocks(tiny_llama, [batch] * 2, settings)
+    size = 1 if criterion == "net" else SIZE  # `net` multiplies the sums over rows and columns of blocks
+    tokens = batch["input_ids"].numel()
+    gradients = 2 * tokens * sum(score.numel() * size**2 for score in scores.values())
+    assert counter.get_total_flops() == 2 * (floor + gradients)
+
+
+class Alive(TorchDispatchMode):
+    """Counts tensors of some shapes, but for `known` ones: `most` is how many bytes of them were alive at once."""
+
+    def __init__(self, shapes, known):
+        super().__init__()
+        self.shapes, self.known = shapes, {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in self.shapes:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
+        self.most = max(self.most, sum(nbytes for _, nbytes in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("criterion", "dtype", "accumulators", "beside"),
+    [
+        ("abs_of_sum", "float32", 4, 0),  # bytes an entry of all accumulators; gradients beside them
+        ("abs_of_sum", "bfloat16", 2, 1),
+        ("net", "float32", 0, 0),
+        ("sum_of_abs", "float32", 0, 1),
+        ("fisher", "float32", 0, 1),
+    ],
+)
+def test_one_gradient_at_a_time_beside_the_accumulators(tiny_llama, criterion, dtype, accumulators, beside):
+    settings = config(criterion=criterion, accumulator_dtype=dtype)
+    weights = [m.weight for n, m in tiny_llama.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))]
+    alive = Alive({tuple(weight.shape) for weight in weights}, list(tiny_llama.parameters()))
+    most = []
+    with alive:
+        smtune.score_blocks(tiny_llama, make_batches(2), settings, progress=lambda done: most.append(alive.most))
+    sizes = [weight.numel() for weight in weights]
+    assert accumulators * sum(sizes) <= most[-1] <= accumulators * sum(sizes) + beside * 4 * max(sizes)
+
+
+def fold(batches, dtype):
+    """The accumulator after some (dY, X) of one layer, and every sum that stood in it."""
+    rows, cols = batches[0][0].shape[1], batches[0][1].shape[1]
+    accumulator = _AbsOfSum(Target(nn.Identity(), BlockGrid(rows, cols, 4), lambda: torch.zeros(0)), None, dtype)
+    sums = []
+    for grad_y, x in batches:
+        accumulator.fold(grad_y, x)
+        sums.append(accumulator.sum.double())
+    return accumulator, sums
+
+
+@given(st.integers(1, 40), st.integers(0, 10_000), st.sampled_from([1e-6, 1.0, 1e4]), st.booleans())
+def test_bf16_accumulators_err_within_their_bound(n_batches, seed, scale, drifting):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator) + (1.0 if drifting else 0.0)
+
+    batches = [(draw(3, 8) * scale, draw(3, 12)) for _ in range(n_batches)]
+    exact = sum(grad_y.double().T @ x.double() for grad_y, x in batches)
+    accumulator, sums = fold(batches, torch.bfloat16)
+    assert accumulator.sum.dtype == torch.bfloat16
+    slack = 1 + 2**-12  # the fp32 products and sums before each rounding
+    fp32 = 2**-20 * sum(grad_y.double().abs().T @ x.double().abs() for grad_y, x in batches)
+    bound = 2**-8 * sum(total.abs() for total in sums) * slack + fp32
+    error = (accumulator.sum.double() - exact).abs()
+    assert (error <= bound).all()
+    score_error = (accumulator.value().double() - tile(exact.abs(), 4).mean((-1, -2))).abs()
+    assert (score_error <= tile(bound, 4).mean((-1, -2))).all()
+    assert error.max() > 0  # bf16 does round
+    wide, _ = fold(batches, torch.float32)
+    assert ((wide.sum.double() - exact).abs() <= fp32).all()
+
+
+def test_the_bound_is_not_vacuous():
+    """Some rounding comes within a factor of four of it, at the first batch, where it is tight."""
+    batches = [(torch.randn(3, 64), torch.randn(3, 64))]
+    exact = batches[0][0].double().T @ batches[0][1].double()
+    accumulator, (total,) = fold(batches, torch.bfloat16)
+    assert ((accumulator.sum.double() - exact).abs() / (2**-8 * total.abs())).max() > 0.25
+
+
+def test_selection_on_bf16_accumulators_mostly_agrees(tiny_llama):
+    batches = make_batches(20)
+    chosen = []
+    for dtype in ("float32", "bfloat16"):
+        settings = config(accumulator_dtype=dtype, budget=16)
+        scores = smtune.score_blocks(tiny_llama, batches, settings)
+        plan = smtune.select_blocks(scores, settings, tiny_llama.num_parameters())
+        chosen.append({(name, *pair) for name in plan.modules for pair in plan.index(name).pairs})
+    assert len(chosen[0] & chosen[1]) >= 14
+
+
+def test_accumulators_of_another_dtype_are_for_one_criterion():
+    with pytest.raises(InputError, match="abs_of_sum.*only.*fisher"):
+        SMTConfig(criterion="fisher", accumulator_dtype="bfloat16")
+    with pytest.raises(InputError, match='Did you mean "bfloat16"'):
+        SMTConfig(accumulator_dtype="bfloat")
+    values = {"model": "m", "output": "o", "data": {"train": "t"}}
+    assert parse_config(values | {"smt": {"accumulator_dtype": "bfloat16"}}).smt.accumulator_dtype == "bfloat16"
+    with pytest.raises(InputError, match="smt.accumulator_dtype.*net"):
+        parse_config(values | {"smt": {"accumulator_dtype": "bfloat16", "criterion": "net"}})
+
+
+@pytest.mark.parametrize("rows", [1, 1024])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_added_a_few_rows_at_a_time(tiny_llama, monkeypatch, rows, dtype):
+    """As on another device than the accumulators'."""
+    settings = config(accumulator_dtype=dtype)
+    expected = smtune.score_blocks(tiny_llama.to(torch.bfloat16), make_batches(), settings)
+    monkeypatch.setattr(_AbsOfSum, "ROWS", rows)
+    actual = smtune.score_blocks(tiny_llama, make_batches(), settings)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0.02, atol=1e-9)
 
 
 def test_bf16_models_accumulate_in_fp32(tiny_llama):

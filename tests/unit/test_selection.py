@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 
@@ -7,10 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
-from smtune import InputError, Plan
-from smtune.selection import ModulePlan, select
+import smtune
+from smtune import InputError, Plan, SMTConfig
+from smtune.depth import backward_costs
+from smtune.report import plan_table
+from smtune.selection import ModulePlan, backward_cost, select, total_score
+from smtune.training import parse_config
 
 TOTAL = 10_000
 
@@ -130,6 +137,133 @@ def test_per_module_needs_a_block_each():
         )
 
 
+# Within a backward cost -----------------------------------------------------------------------------------------------
+
+COSTS = {"0.q_proj": 1.0, "0.v_proj": 1.0, "0.o_proj": 0.75, "1.q_proj": 0.5, "1.o_proj": 0.25}
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=2), min_size=5, max_size=5),
+    st.integers(1, 5),
+    st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 1.0]),
+)
+def test_global_is_the_best_plan_within_both_budgets(values, count, limit):
+    given_scores = {name: torch.tensor([row], dtype=torch.float32) for name, row in zip(COSTS, values)}
+    chosen = select(
+        given_scores,
+        block_size=4,
+        budget=count,
+        total_params=TOTAL,
+        backward_costs=COSTS,
+        max_backward_cost=limit,
+    )
+    assert sum(map(len, chosen.values())) <= count
+    assert backward_cost(chosen, COSTS) <= limit
+
+    blocks = [(name, score) for name, row in zip(COSTS, values) for score in row]
+    best = max(
+        sum(score for _, score in plan)
+        for size in range(count + 1)
+        for plan in itertools.combinations(blocks, size)
+        if max((COSTS[name] for name, _ in plan), default=0.0) <= limit
+    )
+    assert total_score(chosen, given_scores) == best
+
+
+@pytest.mark.parametrize("policy", ["global", "per_module", "shares"])
+def test_every_policy_keeps_within_the_limit(policy):
+    given_scores = {name: torch.rand(4, 4) for name in COSTS}
+    arguments = {"block_size": 2, "budget": 8, "total_params": TOTAL, "policy": policy, "backward_costs": COSTS}
+    arguments["shares"] = {"q_proj": 0.5, "o_proj": 0.5} if policy == "shares" else None
+    chosen = select(given_scores, max_backward_cost=0.5, **arguments)
+    counts = {"global": 8, "per_module": 4, "shares": 4}
+    assert list(chosen) == list(COSTS)
+    assert {name for name, index in chosen.items() if len(index)} == {"1.q_proj", "1.o_proj"}
+    assert policy == "global" or {len(index) for index in chosen.values()} == {0, counts[policy]}
+    assert sum(map(len, chosen.values())) == 8
+    unlimited = select(given_scores, **arguments)
+    assert pairs(unlimited) == pairs(select(given_scores, max_backward_cost=1.0, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_backward_cost": 0.2}, "leave a projection that is targeted. Got 0.2.*set it to 0.25 or more"),
+        (
+            {"max_backward_cost": 0.9, "policy": "shares", "shares": {"v_proj": 0.5, "o_proj": 0.5}},
+            "leave a projection of v_proj. Got 0.9.*set it to 1.0 or more",
+        ),
+        ({"max_backward_cost": 0.5, "backward_costs": None}, "Expected backward_costs"),
+        ({"max_backward_cost": 0.0}, r"float in \(0, 1\]"),
+        ({"max_backward_cost": 1.5}, r"float in \(0, 1\]"),
+        ({"max_backward_cost": True}, r"float in \(0, 1\]"),
+        ({"max_backward_cost": float("nan")}, r"float in \(0, 1\]"),
+    ],
+)
+def test_limits_that_cannot_be_kept(changes, message):
+    arguments = {"block_size": 2, "budget": 4, "total_params": TOTAL, "backward_costs": COSTS}
+    with pytest.raises(InputError, match=message):
+        select({name: torch.rand(2, 2) for name in COSTS}, **(arguments | changes))
+
+
+def test_the_smallest_limit_that_is_named_would_do(tiny_llama):
+    scores = smtune.score_blocks(tiny_llama, None, SMTConfig(block_size=16, criterion="random"))
+    with pytest.raises(InputError, match="set it to") as error:
+        smtune.select_blocks(scores, SMTConfig(budget=4, criterion="random", max_backward_cost=0.01), TOTAL)
+    least = float(str(error.value).split("set it to ")[1].split(" ")[0])
+    plan = smtune.select_blocks(scores, SMTConfig(budget=4, criterion="random", max_backward_cost=least), TOTAL)
+    assert plan.backward_cost == min(scores.backward_costs.values())
+
+
+def test_a_plan_records_what_it_costs_and_keeps(tiny_llama):
+    def config(**changes):
+        return SMTConfig(block_size=16, budget=6, criterion="random", **changes)
+
+    scores = smtune.score_blocks(tiny_llama, None, config())
+    assert scores.backward_costs == backward_costs(tiny_llama, scores)
+    free = smtune.select_blocks(scores, config(), TOTAL)
+    bound = smtune.select_blocks(scores, config(max_backward_cost=0.6), TOTAL)
+    assert (free.backward_cost, free.max_backward_cost, free.score_kept) == (1.0, None, None)
+    assert {name.split(".")[2] for name, module in bound.modules.items() if module.rows} == {"1"}
+    assert (bound.backward_cost, bound.max_backward_cost) == (
+        scores.backward_costs["model.layers.1.self_attn.q_proj"],
+        0.6,
+    )
+    best = torch.cat([score.flatten() for score in scores.values()]).sort(descending=True).values[:6].sum()
+    kept = (
+        torch.cat([s.flatten() for name, s in scores.items() if ".1." in name]).sort(descending=True).values[:6].sum()
+    )
+    assert bound.score_kept == pytest.approx((kept / best).item())
+    assert bound.shuffled(1).backward_cost == bound.backward_cost
+    assert bound.shuffled(1).score_kept is None
+
+    console = Console(width=100, file=io.StringIO())
+    console.print(plan_table(bound))
+    shown = f"backward cost {bound.backward_cost:.2f} of the whole dX chain, score kept {100 * bound.score_kept:.0f} %"
+    assert shown in console.file.getvalue()
+
+
+def test_scores_of_ones_own_have_no_cost():
+    scores = {"a": torch.rand(2, 2)}
+    assert smtune.select_blocks(scores, SMTConfig(block_size=2, budget=1), TOTAL).backward_cost is None
+    with pytest.raises(InputError, match="Expected backward_costs"):
+        smtune.select_blocks(scores, SMTConfig(block_size=2, budget=1, max_backward_cost=0.5), TOTAL)
+
+
+def test_the_limit_is_checked_in_both_configurations():
+    with pytest.raises(InputError, match="max_backward_cost"):
+        SMTConfig(max_backward_cost=2.0)
+    values = {"model": "m", "output": "o", "data": {"train": "t"}}
+    assert parse_config(values | {"smt": {"max_backward_cost": 0.5}}).smt.max_backward_cost == 0.5
+    with pytest.raises(InputError, match="smt.max_backward_cost"):
+        parse_config(values | {"smt": {"max_backward_cost": 2.0}})
+    with pytest.raises(InputError, match="smt.max_backward_cost: expected without smt.plan"):
+        parse_config(values | {"smt": {"max_backward_cost": 0.5, "plan": "plan.json"}})
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
 def plan(**changes) -> Plan:
     modules = {
         "layers.0.q_proj": ModulePlan((8, 8), (0, 1), (1, 0), 0.5, 1.0),
@@ -162,6 +296,15 @@ def test_plan_round_trip_and_numbers(tmp_path):
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["plan.json"]
     assert isinstance(Plan.load(tmp_path / "sub" / "plan.json").budget, float)
     assert json.loads((tmp_path / "sub" / "plan.json").read_text())["modules"][0]["blocks"] == "0,1 1,0"
+
+
+def test_a_plan_from_before_costs_were_counted_still_loads(tmp_path):
+    costed = plan(max_backward_cost=0.5, backward_cost=0.4, score_kept=0.7)
+    assert Plan.from_dict(costed.to_dict()) == costed
+    values = {
+        k: v for k, v in costed.to_dict().items() if k not in ("max_backward_cost", "backward_cost", "score_kept")
+    }
+    assert Plan.from_dict(values) == plan()
 
 
 def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from smtune.cli.bench import bench
 from smtune.errors import InputError
 from smtune.version import __version__
 
@@ -262,6 +263,9 @@ def show_demo(
     from smtune.cli.demo import run_demo
 
     run_demo(output, compare=compare, control=control, console=Console(highlight=False))
+
+
+app.command(name="bench")(bench)
 
 
 @app.command()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -48,29 +52,7 @@ def block_grad_compact(grad_y_NO: Tensor, x_used: Tensor, index: BlockIndex) -> 
 
 
 def _block_grad(grad_y: Tensor, x: Tensor, pairs: Sequence[tuple[int, int]], block_size: int) -> Tensor:
-    rows, cols = [row for row, _ in pairs], [col for _, col in pairs]
-    return _block_grad_op(flatten(grad_y), flatten(x), rows, cols, block_size)
-
-
-def flatten(x: Tensor) -> Tensor:
-    """(..., F) as (N, F): any leading dims, none included, and any of them empty."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-@torch.library.custom_op("smtune::block_grad", mutates_args=())
-def _block_grad_op(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
-    return block_grad_loop(grad_y, x, list(zip(rows, cols)), block_size)
-
-
-@_block_grad_op.register_fake
-def _(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
-    return x.new_empty(len(rows), block_size, block_size, dtype=accumulation_dtype(x.dtype))
-
-
-@register_flop_formula(torch.ops.smtune.block_grad)
-def _block_grad_flop(grad_y_shape, x_shape, rows, cols, block_size, *args, **kwargs) -> int:
-    # The counter hands over tensors as shapes; the loop multiplies (l, N) by (N, l) for each block.
-    return 2 * x_shape[0] * len(rows) * block_size**2
+    return _block_grad_op(flatten(grad_y), flatten(x), *_sides(pairs), block_size)
 
 
 def block_product_(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, transpose: bool = False) -> Tensor:
@@ -82,6 +64,77 @@ def block_product_(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, tran
         blocks: (m, l, l) in index order, cast to y's dtype.
     Cost: 2·N·m·l² FLOP; no (O, I) tensor.
     """
-    y_flat, x_flat = y.view(y.shape[:-1].numel(), y.shape[-1]), flatten(x)
-    block_product_loop_(y_flat, x_flat, blocks.to(y.dtype), index.pairs, transpose)
+    y_flat = y.view(y.shape[:-1].numel(), y.shape[-1])
+    _block_product_op(y_flat, flatten(x), blocks.to(y.dtype), *_sides(index.pairs), transpose)
     return y
+
+
+def flatten(x: Tensor) -> Tensor:
+    """(..., F) as (N, F): any leading dims, none included, and any of them empty."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _sides(pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [row for row, _ in pairs], [col for _, col in pairs]
+
+
+# The operators, opaque to compilers. Places of blocks come as lists: a kernel on a device keeps the tables it makes of
+# them, since a compiler can trace neither the making in a backward nor a cache that another step has filled.
+
+
+@torch.library.custom_op("smtune::block_grad", mutates_args=())
+def _block_grad_op(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
+    return block_grad_loop(grad_y, x, list(zip(rows, cols)), block_size)
+
+
+@_block_grad_op.register_kernel("cuda")
+def _block_grad_gpu(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
+    triton = _triton_kernels(x, block_size)
+    run = triton.block_grad_triton if triton else block_grad_loop
+    return run(grad_y, x, tuple(zip(rows, cols)), block_size)
+
+
+@_block_grad_op.register_fake
+def _(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
+    return x.new_empty(len(rows), block_size, block_size, dtype=accumulation_dtype(x.dtype))
+
+
+@register_flop_formula(torch.ops.smtune.block_grad)
+def _block_grad_flop(grad_y_shape, x_shape, rows, cols, block_size, *args, **kwargs) -> int:
+    # The counter hands over tensors as shapes; each block is a product of (l, N) and (N, l).
+    return 2 * x_shape[0] * len(rows) * block_size**2
+
+
+@torch.library.custom_op("smtune::block_product_", mutates_args=("y",))
+def _block_product_op(
+    y: Tensor, x: Tensor, blocks: Tensor, rows: Sequence[int], cols: Sequence[int], transpose: bool
+) -> None:
+    block_product_loop_(y, x, blocks, list(zip(rows, cols)), transpose)
+
+
+@_block_product_op.register_kernel("cuda")
+def _block_product_gpu(
+    y: Tensor, x: Tensor, blocks: Tensor, rows: Sequence[int], cols: Sequence[int], transpose: bool
+) -> None:
+    triton = _triton_kernels(x, blocks.shape[-1])
+    run = triton.block_product_triton_ if triton else block_product_loop_
+    run(y, x, blocks, tuple(zip(rows, cols)), transpose)
+
+
+@register_flop_formula(torch.ops.smtune.block_product_)
+def _block_product_flop(y_shape, x_shape, blocks_shape, *args, **kwargs) -> int:
+    n_blocks, block_size, _ = blocks_shape
+    return 2 * x_shape[0] * n_blocks * block_size**2
+
+
+def _triton_kernels(x: Tensor, block_size: int) -> ModuleType | None:
+    """The module of Triton kernels, where Triton is installed and they take these operands on this GPU."""
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and block_size % 16 == 0
+    return _triton_kernels_on(x.device) if fits else None
+
+
+@cache
+def _triton_kernels_on(device: torch.device) -> ModuleType | None:
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return import_module("smtune.kernels.triton_blocks")

@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from smtune.errors import InputError, did_you_mean
-from smtune.scoring import check_criterion
+from smtune.scoring import CRITERIA, check_accumulator_dtype, check_criterion
 from smtune.selection import check_budget, check_policy
 
 Method = Literal["smt", "lora", "dora", "full"]
@@ -97,6 +97,7 @@ class SMTSection(_Section):
     warmup_steps: Count = 100
     score_batch_size: Count | None = None
     accumulator_device: Device | None = None
+    accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
     mode: Literal["auto", "resident", "additive"] = "auto"
     plan: Text | None = None
 
@@ -255,6 +256,7 @@ _SCORING_ONLY = (
     "warmup_steps",
     "score_batch_size",
     "accumulator_device",
+    "accumulator_dtype",
 )
 
 
@@ -279,6 +281,11 @@ def _faults_between_fields(given: Callable[[str], Any]) -> Iterator[tuple[str, s
                 check_policy(policy, shares)
             except InputError as error:
                 yield "smt.policy", _lower_first(str(error))
+        if given("smt.accumulator_dtype") == "bfloat16" and given("smt.criterion") in CRITERIA:
+            try:
+                check_accumulator_dtype("bfloat16", given("smt.criterion"))
+            except InputError as error:
+                yield "smt.accumulator_dtype", _lower_first(str(error))
 
 
 def _are_numbers(shares: Any) -> bool:

@@ -382,6 +382,7 @@ def _smt_config(config: TrainConfig) -> smtune.SMTConfig:
         max_backward_cost=smt.max_backward_cost,
         warmup_steps=smt.warmup_steps,
         accumulator_device=smt.accumulator_device,
+        accumulator_dtype=smt.accumulator_dtype,
         mode=smt.mode,
         seed=config.training.seed,
     )

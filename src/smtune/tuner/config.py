@@ -13,7 +13,7 @@ from peft import PeftConfig
 
 from smtune.blocks import BlockIndex
 from smtune.errors import InputError, did_you_mean
-from smtune.scoring import check_criterion
+from smtune.scoring import check_accumulator_dtype, check_criterion
 from smtune.selection import Plan, check_budget, check_max_backward_cost, check_policy
 from smtune.tuner.register import peft_type
 
@@ -39,6 +39,8 @@ class SMTConfig(PeftConfig):
             that ends at the lowest target: the lowest layers are left whole to keep within it. None: no limit.
         warmup_steps: batches to score with, at most.
         accumulator_device: where scoring keeps its accumulators, such as "cpu". None: beside the gradients.
+        accumulator_dtype: "float32", or "bfloat16": half the memory for the criterion "abs_of_sum", with an error that
+            `smtune.scoring` bounds.
         mode: "resident" (blocks stand in the weight), "additive" (blocks act beside it) or "auto": resident for a
             dense weight, additive for a quantised or sharded one.
         seed: of the criterion "random".
@@ -66,6 +68,7 @@ class SMTConfig(PeftConfig):
     max_backward_cost: float | None = field(default=None, metadata={"help": "Fraction of the whole dX chain."})
     warmup_steps: int = field(default=100, metadata={"help": "Batches to score with."})
     accumulator_device: str | None = field(default=None, metadata={"help": "Where scoring accumulates."})
+    accumulator_dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 for abs_of_sum."})
     mode: str = field(default="auto", metadata={"help": "auto, resident or additive."})
     seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
     init_weights: bool = field(default=True, metadata={"help": "False: noise instead of zero, for tests."})
@@ -104,6 +107,7 @@ class SMTConfig(PeftConfig):
             faults.append(f"Expected warmup_steps to be a positive integer. Got {self.warmup_steps!r}.")
         collect(check_budget, self.budget)
         collect(check_criterion, self.criterion)
+        collect(check_accumulator_dtype, self.accumulator_dtype, self.criterion)
         collect(check_policy, self.policy, self.shares)
         collect(check_max_backward_cost, self.max_backward_cost)
         if self.plan is not None:

@@ -119,20 +119,6 @@ class SMTModel(BaseTuner):
             )
         return "additive"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's. Where the embeddings' output is made to require a gradient, as transformers and PEFT do for
-        activation checkpointing, the backward still ends at the lowest layer that is trained.
-
-        Not for embeddings that the caller passes in, whose gradient may be wanted, nor while a compiler traces.
-        """
-        asked = getattr(self.model, "_require_grads_hooks", None)
-        compiling = torch.compiler.is_compiling()
-        if not asked or compiling or not torch.is_grad_enabled() or kwargs.get("inputs_embeds") is not None:
-            return super().forward(*args, **kwargs)
-        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        with backward_end(self.model, trained):
-            return super().forward(*args, **kwargs)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
         was_active = adapter_name in self.active_adapters
@@ -161,12 +147,21 @@ class SMTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        """Stands around every forward of the PEFT model."""
         if kwargs.get("adapter_names") is not None:
             raise InputError(
                 "Expected one adapter for the whole batch. Got `adapter_names`: mixed batches are not supported by "
                 "SMT. Call `set_adapter` and run each adapter's rows apart."
             )
-        yield
+        # transformers and PEFT make the embeddings' output require a gradient when checkpointing is on, and keep these
+        # hooks; the backward shall end at the lowest trained layer all the same. A compiler would break its graph here.
+        asked = getattr(self.model, "_require_grads_hooks", None)
+        if not asked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            yield
+            return
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        with backward_end(self.model, trained):
+            yield
 
 
 def _share_inputs(model: nn.Module) -> None:

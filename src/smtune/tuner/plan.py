@@ -80,6 +80,7 @@ def score_blocks(
             criterion=config.criterion,
             max_batches=config.warmup_steps,
             accumulator_device=config.accumulator_device,
+            accumulator_dtype=config.accumulator_dtype,
             seed=config.seed,
             on_batch=on_batch,
         )

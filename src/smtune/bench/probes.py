@@ -1,0 +1,201 @@
+"""Measurements that are no training step: one batch of scoring, one block gradient; and plans from real scores."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import smtune
+from smtune.bench import measure
+from smtune.bench.floor import end_backward_at
+from smtune.bench.plans import paper_share
+from smtune.bench.subjects import QKV, Subject, attention_inputs
+from smtune.blocks import BlockGrid
+from smtune.kernels.candidates import CANDIDATES, used_candidate
+from smtune.models import DTYPES
+
+SCORED_BATCHES, ROWS, MAX_LENGTH = 8, 4, 256
+"""What plans held to a backward cost are scored on: batches of the packaged word problems."""
+
+
+# Scoring ------------------------------------------------------------------------------------------------------------
+
+
+def scoring(
+    model: nn.Module,
+    subject: Subject,
+    batch: Mapping[str, Tensor],
+    criterion: str,
+    accumulator: str,
+    rounds: int,
+) -> dict[str, Any]:
+    """One warm-up batch of scoring, in turn with the floor and with the floor and dense gradients.
+
+    Args:
+        accumulator: a dtype, or "cpu" for fp32 ones kept there.
+    Returns:
+        Fields of the record: seconds and FLOPs of each, and memory. A scored batch is the second of two, timed from
+        the end of the first, so that making the accumulators and reading them at the end do not count.
+    """
+    device = next(model.parameters()).device
+    config = smtune.SMTConfig(
+        target_modules=list(QKV),
+        block_size=subject.block_size,
+        criterion=criterion,
+        accumulator_device="cpu" if accumulator == "cpu" else None,
+        accumulator_dtype="float32" if accumulator == "cpu" else accumulator,
+    )
+    layers = attention_inputs(model)
+    modules = [module for layer in layers for module in layer.values()]
+    weights = [module.weight for module in modules]
+
+    def floor() -> None:
+        handles = end_backward_at(layers[0].values())
+        model(**batch).loss.backward()
+        for handle in handles:
+            handle.remove()
+
+    def dense() -> None:
+        for weight in weights:
+            weight.requires_grad_(True)
+        model(**batch).loss.backward()
+
+    def drop_dense() -> None:
+        for weight in weights:
+            weight.grad = None
+            weight.requires_grad_(False)
+
+    def score(batches: int) -> list[float]:
+        """The times at which each batch was done."""
+        done: list[float] = []
+        smtune.score_blocks(
+            model, itertools.repeat(batch, batches), config, progress=lambda _: done.append(measure.now(device))
+        )
+        return done
+
+    def seconds(action: Callable[[], Any]) -> float:
+        start = measure.now(device)
+        action()
+        return measure.now(device) - start
+
+    def flops(action: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            action()
+        return counter.get_total_flops()
+
+    floor()
+    dense()
+    drop_dense()
+    rss_before = measure.rss_bytes()
+    measure.reset_peak_rss()
+    score(1)
+    peak = measure.peak_rss_bytes()
+    times = []
+    for _ in range(rounds):
+        entry = {"floor": seconds(floor), "dense": seconds(dense)}
+        drop_dense()
+        first, second = score(2)
+        times.append(entry | {"score": second - first})
+    counted = {"floor": flops(floor), "dense": flops(dense)}
+    drop_dense()
+    counted["score"] = flops(lambda: score(1))
+    grids = [BlockGrid(module.out_features, module.in_features, subject.block_size) for module in modules]
+    itemsize = 2 if accumulator == "bfloat16" else 4
+    kept = sum(weight.numel() if criterion == "abs_of_sum" else grid.n_blocks for weight, grid in zip(weights, grids))
+    return {
+        "rounds": times,
+        "flops": counted,
+        "rss_before_bytes": rss_before,
+        "peak_rss_bytes": peak,
+        "accumulator_bytes": kept * itemsize,
+        "largest_gradient_bytes": max(weight.numel() for weight in weights) * 4,
+    }
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+
+
+def kernel(
+    candidate: str,
+    dtype: str,
+    tokens: int,
+    features: int,
+    block_size: int,
+    blocks: int,
+    rounds: int,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """One way to compute the block gradient of a square weight, in turn with the dense dYᵀX."""
+    where = torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+    grid = BlockGrid(features, features, block_size)
+    places = torch.randperm(grid.n_blocks, generator=generator)[:blocks].sort().values.tolist()
+    pairs = [divmod(place, grid.shape[1]) for place in places]
+    grad_y_NO, x_NI = (torch.randn(tokens, features, generator=generator).to(where, DTYPES[dtype]) for _ in range(2))
+    run = CANDIDATES[candidate]
+
+    def seconds(action: Callable[[], Any]) -> float:
+        start = measure.now(where)
+        action()
+        return measure.now(where) - start
+
+    own: list[float] = []
+    dense: list[float] = []
+    for number in range(rounds + 1):
+        pair = seconds(lambda: run(grad_y_NO, x_NI, pairs, block_size)), seconds(lambda: grad_y_NO.T @ x_NI)
+        if number:  # the first is a warm-up
+            own.append(pair[0])
+            dense.append(pair[1])
+    return {
+        "used": candidate == used_candidate(DTYPES[dtype], where),
+        "seconds": own,
+        "ideal_seconds": [each * blocks / grid.n_blocks for each in dense],
+    }
+
+
+# Plans held to a backward cost --------------------------------------------------------------------------------------
+
+
+def plans(model: nn.Module, name: str, subject: Subject, limits: list[float]) -> list[dict[str, Any]]:
+    """For each limit the plan from the same scores, by `abs_of_sum` over the packaged word problems."""
+    from smtune.data import Collator, arithmetic, batches, prepare
+    from smtune.models import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(name)
+    dataset, _ = prepare(arithmetic(SCORED_BATCHES * ROWS), tokenizer, max_length=MAX_LENGTH)
+    n_blocks = sum(
+        BlockGrid(module.out_features, module.in_features, subject.block_size).n_blocks
+        for layer in attention_inputs(model)
+        for module in layer.values()
+    )
+    budget = round(paper_share(0.84) * n_blocks)
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    def config(limit: float) -> smtune.SMTConfig:
+        return smtune.SMTConfig(
+            target_modules=list(QKV), block_size=subject.block_size, budget=budget, max_backward_cost=limit
+        )
+
+    batch = batches(dataset, Collator(tokenizer.pad_token_id), ROWS)
+    scores = smtune.score_blocks(model, batch, config(1.0), progress=False)
+    found = []
+    for limit in limits:
+        plan = smtune.select_blocks(scores, config(limit), total)
+        with_blocks = [
+            number
+            for number, layer in enumerate(attention_inputs(model))
+            if any(plan.modules[module].rows for module in layer)
+        ]
+        fields = {
+            "backward_cost": plan.backward_cost,
+            "score_kept": plan.score_kept,
+            "lowest_layer": min(with_blocks),
+            "label": f"SMT, backward cost ≤ {limit:g}",
+        }
+        found.append({"plan": plan.to_dict(), "fields": fields})
+    return found

@@ -1,0 +1,164 @@
+"""What is asked of `smtune bench`: checked as a whole before anything starts, then turned into jobs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from smtune.bench import single, suites
+from smtune.bench.arms import load_rival
+from smtune.bench.machine import describe
+from smtune.bench.results import Results
+from smtune.bench.run import How, run_series
+from smtune.errors import InputError, did_you_mean
+from smtune.models import DTYPES
+
+Job = Callable[[Results, How], None]
+
+TOKENS = {"smollm2": 512}
+DEFAULT_TOKENS = 1024
+QUICK_ARMS = ["floor", "smt-0.84", "lora", "full"]
+QUICK_MODEL, QUICK_TOKENS = "llama-64x2", 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of `smtune bench`.
+
+    Attributes:
+        suites: names in `SUITES`, or "all".
+        dtypes: of the base weights, in the suites that compare arms.
+        tokens: of a batch. None: 1,024, and 512 for SmolLM2.
+        arms: of the suites that compare arms. None: all that can be built (`appendix-a` wants its file).
+        rounds: timed rounds.
+        threads: of each process. None: all cores.
+        device: "cpu" or "cuda".
+        rival: the Python file of the arm `appendix-a`.
+        quick: a tiny model, few arms, two rounds, in place of any suite.
+    """
+
+    suites: Sequence[str] = ("layers7b",)
+    dtypes: Sequence[str] = ("float32",)
+    tokens: Sequence[int] | None = None
+    arms: Sequence[str] | None = None
+    rounds: int = 7
+    threads: int | None = None
+    device: str = "cpu"
+    rival: Path | None = None
+    quick: bool = False
+
+
+def check(request: Request, writable: Sequence[Path]) -> None:
+    """Raises InputError that names every fault: unknown names, counts below one, places that cannot be written."""
+    import torch
+
+    faults = [
+        *_unknown("suite", request.suites, [*suites.SUITES, "all"]),
+        *_unknown("dtype", request.dtypes, DTYPES),
+        *_unknown("arm", request.arms or (), suites.ARMS),
+        *_unknown("device", [request.device], ("cpu", "cuda")),
+    ]
+    wrong = [count for count in request.tokens or () if count < 4 or count % 4]
+    faults += [f"Expected tokens to be a multiple of 4, the rows of a batch. Got {count}." for count in wrong]
+    if request.rounds < 1:
+        faults.append(f"Expected at least one round. Got {request.rounds}.")
+    if request.threads is not None and request.threads < 1:
+        faults.append(f"Expected at least one thread. Got {request.threads}.")
+    if request.device == "cuda" and not torch.cuda.is_available():
+        faults.append("Expected a CUDA device here. There is none: use --device cpu.")
+    if request.arms is not None and "appendix-a" in request.arms and request.rival is None:
+        faults.append("Expected --rival benchmarks/appendix_a.py, the file of the arm appendix-a. Got none.")
+    if request.rival is not None:
+        try:
+            load_rival(str(request.rival))
+        except InputError as error:
+            faults.append(str(error))
+    faults += [fault for path in writable if (fault := _not_writable(path)) is not None]
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def _unknown(what: str, given: Sequence[str], known: Collection[str]) -> list[str]:
+    if not given and what != "arm":
+        return [f"Expected at least one {what} of {', '.join(known)}. Got none."]
+    return [
+        f"Expected each {what} to be one of {', '.join(known)}. Got {name!r}.{did_you_mean(name, known)}"
+        for name in given
+        if name not in known
+    ]
+
+
+def _not_writable(path: Path) -> str | None:
+    """What keeps a file from being written at `path`, or None. Nothing is made."""
+    if path.is_dir():
+        return f"Expected a file to write. {path} is a folder."
+    place = path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return f"Expected a folder for {path}. {place} is a file."
+    return None if os.access(place, os.W_OK) else f"Expected a place that can be written. {place} cannot."
+
+
+def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> dict[str, Any]:
+    """Measure what has no record in `output` yet. Returns the file's content.
+
+    Args:
+        request: checked.
+        output: the JSON file.
+        command: for the record.
+        how: `say` and `tell` of `How`.
+    """
+    threads = request.threads or _cores()
+    results = Results(output, describe(threads, request.device), command)
+    rounds = 2 if request.quick else request.rounds
+    settings = How(rounds, threads, request.device, **how)
+    for job in jobs(request):
+        job(results, settings)
+    return results.values
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def jobs(request: Request) -> list[Job]:
+    """What the request comes to, in order."""
+    rival = None if request.rival is None else str(request.rival.resolve())
+    can_be_built = [arm for arm in suites.ARMS if arm != "appendix-a" or rival is not None]
+    if request.quick:
+        arms = request.arms or QUICK_ARMS
+        return [partial(run_series, suites.comparison("quick", QUICK_MODEL, "float32", QUICK_TOKENS, arms, rival))]
+    wanted = [name for name in suites.SUITES if name in request.suites or "all" in request.suites]
+    arms = [arm for arm in can_be_built if request.arms is None or arm in request.arms]
+    found: list[Job] = []
+    for suite in wanted:
+        for dtype in request.dtypes:
+            for tokens in request.tokens or [TOKENS.get(suite, DEFAULT_TOKENS)]:
+                found += _of_suite(suite, dtype, tokens, arms, rival)
+    return found
+
+
+def _of_suite(suite: str, dtype: str, tokens: int, arms: Sequence[str], rival: str | None) -> list[Job]:
+    llama = "llama-7b-layers"
+    if suite == "layers7b":
+        series = [suites.comparison(suite, llama, dtype, tokens, arms, rival)]
+    elif suite == "smollm2":
+        series = [suites.comparison(suite, "smollm2-135m", dtype, tokens, arms, rival)]
+    elif suite == "sweeps":
+        series = suites.sweeps(dtype)
+    elif suite == "write":
+        series = [suites.writes(llama, dtype, tokens)]
+    elif suite == "table1":
+        return [partial(single.run_table1, suites.table1(llama, dtype, tokens))]
+    elif suite == "scoring":
+        return [partial(single.run_scoring, llama, dtype, tokens)]
+    elif suite == "kernels":
+        return [partial(single.run_kernels, dtype, tokens)]
+    else:
+        return [partial(single.run_cost_aware, dtype)]
+    return [partial(run_series, each) for each in series]

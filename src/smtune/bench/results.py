@@ -1,0 +1,89 @@
+"""The result file: one JSON object, whole at any time, that a stopped run goes on with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smtune.bench.machine import SAME
+from smtune.errors import InputError
+from smtune.files import write_json
+
+FORMAT = 1
+IDENTITY = {
+    "arm": ("arm",),
+    "sweep": ("sweep", "value"),
+    "write": ("when",),
+    "scoring": ("criterion", "accumulator"),
+    "kernel": ("features", "block_size", "blocks", "candidate"),
+    "table1": ("arm",),
+    "cost_aware": ("max_backward_cost",),
+}
+"""What, beside kind, suite, model, dtype and tokens, makes a record one of its own."""
+
+
+def identity(record: Mapping[str, Any]) -> tuple:
+    names = ("kind", "suite", "model", "dtype", "tokens", *IDENTITY[record["kind"]])
+    return tuple(record.get(name) for name in names)
+
+
+class Results:
+    """Records by identity, in a file.
+
+    Args:
+        path: read if it is there.
+        machine: what this run is on.
+        command: the command line.
+    Raises:
+        InputError: a file that is no result of `smtune bench`, or one of another machine or other versions.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any], command: str) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {
+            "format": FORMAT,
+            "command": command,
+            "started": time.strftime("%Y-%m-%d"),
+            "machine": machine,
+            "records": [],
+        }
+        if path.exists():
+            self.values = self._read(path, machine)
+
+    @staticmethod
+    def _read(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            is_ours = values["format"] == FORMAT and isinstance(values["records"], list)
+        except (ValueError, KeyError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"Expected --output to be new, or a result of `smtune bench`. {path} is neither.")
+        other = [name for name in SAME if values["machine"].get(name) != machine[name]]
+        if other:
+            kept = ", ".join(f"{name} {values['machine'].get(name)} not {machine[name]}" for name in other)
+            raise InputError(
+                f"Expected to go on with results of this machine. {path} is of another: {kept}. Choose another "
+                "--output, or remove the file."
+            )
+        return values
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return self.values["records"]
+
+    def has(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record of this identity is there and is no failure, which is tried again."""
+        return any(identity(old) == identity(record) and not old.get("error") for old in self.records)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Put a record in place of the one of the same identity, or at the end, and write the file."""
+        places = [k for k, old in enumerate(self.records) if identity(old) == identity(record)]
+        if places:
+            self.records[places[0]] = record
+        else:
+            self.records.append(record)
+        write_json(self.path, self.values)

@@ -1,0 +1,174 @@
+"""One arm in a process of its own: `python -m smtune.bench.worker`, driven by lines of JSON.
+
+A request is `{"do": command, …}` on the standard input, its answer `{"ok": …}` or `{"error": …}` on what was the
+standard output when the process started. Whatever libraries print goes to the error stream.
+
+Commands are the methods of `Worker`; the end of the input closes the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any, TextIO
+
+
+class Worker:
+    """Holds the arm between requests."""
+
+    def build(
+        self,
+        arm: str,
+        model: str,
+        dtype: str,
+        tokens: int,
+        device: str = "cpu",
+        threads: int | None = None,
+        plan: dict | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Load the model and make the arm. Returns what a record says of it."""
+        import torch
+
+        from smtune.bench import arms, measure
+        from smtune.bench.plans import used_columns
+        from smtune.bench.subjects import find_subject
+        from smtune.selection import Plan
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        subject = find_subject(model)
+        base: Any = subject.load(dtype, device)
+        total = sum(parameter.numel() for parameter in base.parameters())
+        layers = base.config.num_hidden_layers
+        self.batch = subject.inputs(base, tokens)
+        setting = arms.Setting(
+            subject, dtype, device, plan=None if plan is None else Plan.from_dict(plan), **_tuples(options)
+        )
+        self.arm = arms.build(arm, setting, base, self.batch)
+        self.rss_before = measure.rss_bytes()
+        plan_ = self.arm.plan
+        by_layer = {len_ for len_ in _blocks_by_layer(plan_).values() if len_} if plan_ is not None else set()
+        return {
+            "label": self.arm.label,
+            "batch": subject.batch,
+            "layers": layers,
+            "block_size": plan_.block_size if plan_ is not None else None,
+            "blocks_per_layer": by_layer.pop() if len(by_layer) == 1 else None,
+            "blocks": plan_.n_blocks if plan_ is not None else None,
+            "used_columns": used_columns(plan_) if plan_ is not None else None,
+            "trained_params": sum(parameter.numel() for parameter in self.arm.trained),
+            "total_params": total,
+            "threads": torch.get_num_threads(),
+            "rss_before_bytes": self.rss_before,
+        }
+
+    def step(self, fresh_peak: bool = False) -> dict[str, Any]:
+        """One step, timed. `fresh_peak`: the process's peak memory counts from here."""
+        from smtune.bench import measure
+
+        if fresh_peak:
+            self.peak_is_of_steps = measure.reset_peak_rss()
+        return measure.step(self.arm, self.batch)
+
+    def counts(self, block_ops: bool = False) -> dict[str, Any]:
+        """The process's peak since `fresh_peak`, then all that is counted."""
+        from smtune.bench import measure
+
+        peak = measure.peak_rss_bytes()
+        counted = {
+            "peak_rss_bytes": peak,
+            "peak_rss_since": "first timed step" if self.peak_is_of_steps else "start of the process",
+            "flops": measure.count_flops(self.arm, self.batch),
+            "saved_bytes": measure.count_saved(self.arm, self.batch),
+            "alive_after_forward_bytes": measure.alive_after_forward(self.arm, self.batch),
+            "state_bytes": measure.state_bytes(self.arm),
+            "peak_tensor_bytes": measure.peak_tensor_bytes(self.arm, self.batch),
+        }
+        if block_ops:
+            counted["block_ops_s"] = measure.block_op_seconds(self.arm, self.batch)
+        return counted
+
+    def adapter(self) -> dict[str, Any] | None:
+        """The adapter's life, or None for what is no adapter."""
+        from smtune.bench import measure
+
+        return measure.adapter_life(self.arm, self.batch)
+
+    def scoring(self, model: str, dtype: str, tokens: int, device: str, threads: int, **how: Any) -> dict[str, Any]:
+        """`probes.scoring` on a model of its own."""
+        import torch
+
+        from smtune.bench import probes
+        from smtune.bench.subjects import find_subject
+
+        torch.set_num_threads(threads)
+        subject = find_subject(model)
+        base = subject.load(dtype, device)
+        return probes.scoring(base, subject, subject.inputs(base, tokens), **how)
+
+    def candidates(self, dtype: str, device: str, threads: int) -> list[str]:
+        """The kernels to compare; `widened` is `strided` where nothing needs to be."""
+        import torch
+
+        from smtune.kernels.candidates import CANDIDATES
+
+        torch.set_num_threads(threads)
+        return [name for name in CANDIDATES if name != "widened" or dtype != "float32"]
+
+    def kernel(self, **how: Any) -> dict[str, Any]:
+        """`probes.kernel`."""
+        from smtune.bench import probes
+
+        return probes.kernel(**how)
+
+    def plans(self, model: str, limits: list[float], threads: int) -> list[dict[str, Any]]:
+        """`probes.plans` on a model of its own, in fp32."""
+        import torch
+
+        from smtune.bench import probes
+        from smtune.bench.subjects import find_subject
+
+        torch.set_num_threads(threads)
+        subject = find_subject(model)
+        return probes.plans(subject.load("float32"), model, subject, limits)
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def _blocks_by_layer(plan: Any) -> dict[str, int]:
+    """Blocks by decoder layer: the modules' names up to their number."""
+    counts: dict[str, int] = {}
+    for name, module in plan.modules.items():
+        layer = name.partition(".self_attn")[0]
+        counts[layer] = counts.get(layer, 0) + len(module.rows)
+    return counts
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until there are no more."""
+    worker = Worker()
+    for line in requests:
+        request = json.loads(line)
+        command = getattr(worker, request.pop("do"))
+        try:
+            answer = {"ok": command(**request)}
+        except Exception as error:  # whatever a method raises is a result of the measurement
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The Markdown page of a benchmark, from its records alone.
+
+It opens with what was measured and on what, and the targets; then come the sections. One that has nothing to show is
+left out, and the head of the page says which kinds of record are missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from smtune.report.benchmarks import words
+from smtune.report.benchmarks.markdown import Pictures, prose, section, table, verdict
+from smtune.report.benchmarks.paper_sections import claims_section, table1_section
+from smtune.report.benchmarks.question_sections import (
+    cost_aware_section,
+    growth_section,
+    kernels_section,
+    scoring_section,
+    writing_section,
+)
+from smtune.report.benchmarks.records import MIN_PAIRS, WIDE, Record, get, of_kind, spread, step_ratios, suites
+from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, suite_section
+from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, targets
+
+KINDS = {
+    "arm": "arms side by side",
+    "sweep": "sweeps",
+    "write": "writing at use against after the step",
+    "scoring": "scoring",
+    "kernel": "kernel candidates",
+    "table1": "the paper's Table 1",
+    "cost_aware": "cost-aware selection",
+}
+BUSY = 0.1
+"""Cores that other processes keep busy, from which on it is said."""
+
+
+def page(results: Record, pictures: Pictures) -> str:
+    """The whole page, with links to the pictures that there are."""
+    found = suites(results)
+    sections = [
+        _measured(results),
+        _targets(results),
+        _reading(),
+        *(suite_section(suite, pictures) for suite in found),
+        rivals_section(found),
+        memory_section(found),
+        claims_section(results),
+        table1_section(results),
+        growth_section(results, pictures),
+        cost_aware_section(results, pictures),
+        scoring_section(results),
+        writing_section(results),
+        kernels_section(results),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _measured(results: Record) -> str:
+    machine = results.get("machine") or {}
+    features = f" ({', '.join(machine['features'])})" if machine.get("features") else ""
+    cores = f"{machine.get('cores', words.DASH)} cores, {machine.get('threads', words.DASH)} threads"
+    packages = ("smtune", "torch", "transformers", "peft", "python")
+    versions = ", ".join(f"{name} {machine[name]}" for name in packages if machine.get(name))
+    memory = words.size(machine.get("memory_bytes"))
+    rows = [
+        ("command", f"`{results.get('command', words.DASH)}`"),
+        ("started", results.get("started", words.DASH)),
+        ("processor", f"{machine.get('cpu', words.DASH)}{features}, {cores}, {memory} of memory"),
+        ("GPU", machine.get("gpu") or "none"),
+        ("versions", versions or words.DASH),
+        ("how busy", _load(results)),
+        ("spread", _spreads(results)),
+        ("not measured", "; ".join(name for kind, name in KINDS.items() if not of_kind(results, kind)) or "–"),
+    ]
+    text = """This page is written by `smtune bench` from its records; no number and no verdict is typed in. What a step
+    of SMT costs is held against the *floor*, and against what a user would pick instead. The floor is a frozen
+    model's forward, and the gradient of its activations down to the lowest adapted layer: what any adapter pays."""
+    return section("# Benchmarks", prose(text), table(("", ""), rows))
+
+
+def _load(results: Record) -> str:
+    """How busy the machine was, of itself and with others' work."""
+    found = results.get("records") or ()
+    loads = [value for record in found for value in record.get("load") or ()]
+    others = [cores for record in found if (cores := record.get("others_cores")) is not None]
+    threads = get(results, "machine", "threads")
+    texts = []
+    if loads:
+        own = f" (the benchmark itself is {threads})" if threads else ""
+        texts.append(f"1-minute load {min(loads):.1f} to {max(loads):.1f}{own}")
+    if others:
+        busy = sum(cores >= BUSY for cores in others)
+        texts.append(
+            f"other processes kept {min(others):.2f} to {max(others):.2f} cores busy, {BUSY:g} or more during {busy} "
+            f"of {len(others)} records"
+        )
+    return "; ".join(texts) or "not recorded"
+
+
+def _spreads(results: Record) -> str:
+    found = [s for record in results.get("records") or () if (s := spread(step_ratios(record))) is not None]
+    if not found:
+        return "no pairs"
+    widths = sorted((s.high - s.low) / s.median for s in found)
+    wide = sum(s.wide for s in found)
+    usual, worst = (words.percent(width) for width in (widths[len(widths) // 2], widths[-1]))
+    return prose(f"""the middle half of the pairs is {usual} of their median wide in the median record, {worst} in the
+    worst; **wide**, over {words.percent(WIDE, 0)}, in {wide} of {len(found)}, and marked there""")
+
+
+def _targets(results: Record) -> str:
+    rows = targets(results)
+    counts = Counter(row.verdict for row in rows)
+    judged = [word for word in (HOLDS, MISSED, OPEN, ABSENT) if counts[word]]
+    summary = ", ".join(f"{counts[word]} {verdict(word)}" for word in judged)
+    text = f"""{sum(counts[word] for word in judged)} rows: {summary}. The number is the issue's, of which item 5 has a
+    section of its own, *The paper's cost claims*; *design* is a number of the design's contract. Step times are judged
+    by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference of their medians
+    of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are *{OPEN}*. An exponent
+    holds, or is missed, with all of its interval. Memory and counts are compared as they are."""
+    heads = ("from", "target", "where", "measured", "verdict")
+    shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
+    return section("## Targets", prose(text), table(heads, shown))
+
+
+def _reading() -> str:
+    items = (
+        f"""**step / floor**: every step of an arm over the floor step nearest in time. Median of these pairs, in
+        brackets their middle half (25 to 75 %). *forward*, *backward*, *optimizer*: the median of that part over the
+        whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the median; what
+        differs by less is not told apart.""",
+        """**SMT 0.43 % to 4.91 %** are shares of LLaMA-7B. On other models these arms train the same share of the
+        blocks of q, k and v.""",
+        """**FLOPs / floor**: counted; products of matrices only.""",
+        """**saved beyond the floor**: bytes that a forward hands to autograd for the backward, each storage once,
+        weights left out, less the floor's. **alive after forward**: bytes that a forward leaves alive, however they
+        are kept, less the floor's; the listing of Appendix A keeps its inputs where the first does not see
+        them.""",
+        """**peak of the process**: resident memory, from the first timed step on. **counted peak**: bytes of tensors
+        alive at once within a step.""",
+        """Blocks stand at random places, as many in every layer: the worst case for what is saved, since blocks
+        chosen by score crowd in fewer columns.""",
+        """Trained tensors are fp32 in all arms but full fine-tuning, which trains the weights in the base's dtype. All
+        train by torch's AdamW.""",
+    )
+    return section("## How to read the tables", "\n".join(f"- {prose(item)}" for item in items))

@@ -1,0 +1,158 @@
+"""Sections of the page that answer single questions: growth, cost-aware selection, scoring, writing, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from smtune.evaluation.statistics import Estimate
+from smtune.report.benchmarks import sweeps, words
+from smtune.report.benchmarks.markdown import Pictures, bullets, image, prose, section, table
+from smtune.report.benchmarks.records import (
+    Record,
+    difference,
+    get,
+    of_kind,
+    over,
+    quality,
+    ran,
+    spread,
+    step_ratios,
+)
+from smtune.report.benchmarks.targets import OPEN, SCORING, dense_rate, kernel_cases, scoring_ratios
+
+
+def growth_section(results: Record, pictures: Pictures) -> str:
+    """Fitted exponents of every sweep."""
+    rows = []
+    for series in sweeps.series(results):
+        name = (series.axis.name, series.dtype)
+        for measure in [*series.measures, "floor"]:
+            target = series.axis.targets.get(measure)
+            exponent = words.exponent(sweeps.fit(series, measure), len(series.points))
+            rows.append((*name, sweeps.MEASURES[measure], exponent, words.DASH if target is None else f"{target:g}"))
+        flops = sweeps.flops_exponent(series)
+        if flops is not None:
+            rows.append((*name, "FLOPs above the floor, counted", f"{flops:.3f}", words.DASH))
+    text = """Exponents by least squares on the logarithms of the medians, with 95 % bootstrap intervals: 1 is linear, 0
+    flat. The step above the floor is a small difference of two large times. *Block operators* is the time in smtune's
+    own operators, the block gradients, by torch's profiler on steps of their own. In the sweep of layers blocks stay in
+    the top layers and layers without blocks are added below; each model has its own floor, which ends where the
+    blocks end."""
+    parts = [
+        table(("against", "dtype", "time of", "exponent", "target"), rows),
+        *(image(pictures, f"sweep {name}", f"Time against {axis.name}") for name, axis in sweeps.AXES.items()),
+        _failed(results, "sweep", ("sweep", "value", "dtype")),
+    ]
+    return section("## How time grows", prose(text), *parts) if any(parts) else ""
+
+
+def _failed(results: Record, kind: str, keys: tuple[str, ...]) -> str:
+    """The records of a kind that hold an error, named by what they have of these keys."""
+    failed = [record for record in of_kind(results, kind) if record.get("error")]
+    names = [", ".join(f"{key} {record[key]}" for key in keys if key in record) for record in failed]
+    return bullets("Without a result:", [f"{name}: {record['error']}" for name, record in zip(names, failed)])
+
+
+def cost_aware_section(results: Record, pictures: Pictures) -> str:
+    """Score kept, and quality where there is some, against time."""
+    found = of_kind(results, "cost_aware")
+    measured = quality(results)
+    rows = []
+    for record in found:
+        cost, lowest = record.get("max_backward_cost"), record.get("lowest_layer")
+        row = [record.get("suite", ""), words.DASH if cost is None else f"{cost:g}"]
+        if not ran(record):
+            rows.append([*row, f"no result: {record['error']}"])
+            continue
+        row += [words.percent(record.get("backward_cost")), words.percent(record.get("score_kept"))]
+        row += [words.DASH if lowest is None else str(lowest), words.with_quartiles(spread(step_ratios(record)))]
+        of = measured.get(cost) if cost is not None else None
+        row += [words.ratio(of.held_out_loss), f"{of.right} of {of.of}" if of.of else words.DASH] if of else []
+        rows.append(row)
+    heads = ["suite", "max_backward_cost", "counted backward", "score kept", "lowest layer", "step / floor"]
+    heads += ["held-out loss", "right"] if measured else []
+    text = """A plan that leaves the lowest layers whole has a backward that ends above them. *max_backward_cost* is the
+    share of the whole chain of dX that a plan may cost; the floor here is that of the whole chain. The score kept
+    is over that of the plan without such a limit."""
+    picture = image(pictures, "cost-aware", "Score kept against time of a step")
+    return section("## Cost-aware selection: below the floor", prose(text), table(heads, rows), picture) if rows else ""
+
+
+def scoring_section(results: Record) -> str:
+    """One batch of scoring against its own floor."""
+    rows = []
+    for record in of_kind(results, "scoring"):
+        row = [record.get("suite", ""), record.get("criterion", ""), record.get("accumulator", "")]
+        if not ran(record):
+            rows.append([*row, f"no result: {record['error']}"])
+            continue
+        row += [words.with_quartiles(spread(values)) for values in scoring_ratios(record).values()]
+        row.append(words.ratio(over(_flops(record, "score"), _flops(record, "dense"))))
+        sizes = ("accumulator_bytes", "largest_gradient_bytes", "peak_rss_bytes")
+        rows.append([*row, *(words.size(record.get(key)) for key in sizes)])
+    text = f"""One warm-up batch, against the floor and against *dense*: the floor with the dense gradients of the
+    targeted weights, by ordinary autograd. The target is at most {SCORING} of dense."""
+    heads = ("suite", "criterion", "accumulator", "score / floor", "dense / floor", "score / dense")
+    heads += ("FLOPs, score / dense", "accumulators", "largest gradient", "peak of the process")
+    return section("## Scoring", prose(text), table(heads, rows)) if rows else ""
+
+
+def _flops(record: Record, key: str) -> float | None:
+    """Counted FLOPs of a batch: a number, or numbers by part."""
+    flops = get(record, "flops", key)
+    return sum(flops.values()) if isinstance(flops, Mapping) else flops
+
+
+def writing_section(results: Record) -> str:
+    """Blocks written at use against after the step."""
+    by_suite: dict[str, dict[str, Record]] = {}
+    for record in of_kind(results, "write"):
+        by_suite.setdefault(record.get("suite", ""), {})[record.get("when", "")] = record
+    rows = []
+    for suite, of in by_suite.items():
+        at_use, after = of.get("at use"), of.get("after step")
+        estimate = difference(step_ratios(at_use), step_ratios(after))
+        shown = words.signed(estimate) if estimate else words.DASH
+        rows.append([suite, _ratios(at_use), _ratios(after), shown, _faster(estimate)])
+    text = """Resident blocks have to be written into W. At use is right under every wrapper, and writes in the forward
+    and in the backward; after the step writes once."""
+    heads = ("suite", "at use: step / floor", "after the step", "difference (95 %)", "which is faster")
+    return section("## Writing the blocks: at use or after the step", prose(text), table(heads, rows)) if rows else ""
+
+
+def _ratios(record: Record | None) -> str:
+    if record and record.get("error"):
+        return f"no result: {record['error']}"
+    return words.with_quartiles(spread(step_ratios(record)))
+
+
+def _faster(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.low <= 0 <= estimate.high:
+        return f"*{OPEN}*"
+    return "at use" if estimate.high < 0 else "after the step"
+
+
+BEST = 0.95
+"""What is used counts as the best of the candidates at this share of the best's speed."""
+
+
+def kernels_section(results: Record) -> str:
+    """Candidates for the block gradient, a row for every shape."""
+    cases = kernel_cases(results)
+    candidates = list(dict.fromkeys(name for of in cases.values() for name in of))
+    rows = []
+    for case, of in cases.items():
+        rates = {name: dense_rate(record) or 0.0 for name, record in of.items()}
+        used = {name for name, record in of.items() if record.get("used")}
+        cells = [words.percent(rates[name], 0) if name in rates else words.DASH for name in candidates]
+        cells = [f"**{cell}**" if name in used else cell for name, cell in zip(candidates, cells)]
+        best = max(rates, key=lambda name: rates[name])
+        is_best = any(rates[name] >= BEST * rates[best] for name in used)
+        judged = ("yes" if is_best else f"no: {best}") if used else words.DASH
+        rows.append([*(words.DASH if value is None else str(value) for value in case), *cells, judged])
+    slack = words.percent(1 - BEST, 0)
+    text = f"""Speed of a block gradient as a share of the dense product's: the time that dYᵀX takes, scaled by the
+    share of blocks, over the candidate's. Bold is what is used here; it counts as best within {slack}."""
+    heads = ("device", "dtype", "tokens", "features", "l", "blocks", *candidates, "the used is best")
+    parts = [table(heads, rows), _failed(results, "kernel", ("candidate", "dtype", "block_size", "blocks"))]
+    return section("## Kernel candidates", prose(text), *parts) if any(parts) else ""

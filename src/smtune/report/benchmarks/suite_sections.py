@@ -1,0 +1,160 @@
+"""Sections of the page that compare arms: each suite's tables, SMT against each rival, memory explained."""
+
+from __future__ import annotations
+
+from smtune.report.benchmarks import words
+from smtune.report.benchmarks.markdown import Pictures, image, prose, section, table, verdict
+from smtune.report.benchmarks.records import (
+    FLOOR,
+    PARTS,
+    Record,
+    Suite,
+    all_flops,
+    beyond_floor,
+    get,
+    label,
+    median,
+    minus,
+    of_floor,
+    over,
+    pairs,
+    part_ratios,
+    ran,
+    spread,
+    step,
+    step_ratios,
+)
+from smtune.report.benchmarks.targets import ABSENT, NAMES, RIVALS, compare
+
+
+def suite_section(suite: Suite, pictures: Pictures) -> str:
+    """What one suite measured: three tables and two figures."""
+    return section(
+        f"## {suite.name}",
+        _notes(suite),
+        image(pictures, f"step {suite.name}", f"Step time over the floor, {suite.name}"),
+        _times(suite),
+        image(pictures, f"memory {suite.name}", f"Memory of a step, {suite.name}"),
+        _bytes(suite),
+        _adapters(suite),
+    )
+
+
+def _notes(suite: Suite) -> str:
+    """Setting, floor, spread and how busy the machine was, in a line."""
+    floor_step = median(step(pair["floor"]) for arm in suite.others.values() for pair in pairs(arm))
+    found = [s for arm in suite.others.values() if (s := spread(step_ratios(arm))) is not None]
+    wide = sum(s.wide for s in found)
+    loads = [value for arm in suite.arms.values() for value in arm.get("load") or ()]
+    others = [cores for arm in suite.arms.values() if (cores := arm.get("others_cores")) is not None]
+    notes = [
+        suite.setting(),
+        f"the floor's step takes {floor_step:.2f} s" if floor_step else "no step was timed",
+        f"spread **wide** in {wide} of {len(found)} arms" if wide else f"no wide spread in {len(found)} arms",
+        f"load {min(loads):.1f} to {max(loads):.1f}" if loads else "load not recorded",
+    ]
+    if others:
+        notes.append(f"other processes kept {min(others):.2f} to {max(others):.2f} cores busy")
+    return "; ".join(notes) + "."
+
+
+def _times(suite: Suite) -> str:
+    rows = []
+    for name, arm in suite.arms.items():
+        trained = arm.get("trained_params")
+        row = [label(arm), words.count(trained), words.percent(over(trained, arm.get("total_params")))]
+        if not ran(arm):
+            rows.append([*row, f"no result: {arm.get('error')}"])
+            continue
+        found = spread(step_ratios(arm))
+        ratios = "1 by definition" if name == FLOOR else words.with_quartiles(found)
+        row.append(f"{ratios} **wide**" if found and found.wide else ratios)
+        row += [words.ratio(median(part_ratios(arm, part))) for part in PARTS]
+        floor_flops = all_flops({"flops": arm.get("floor_flops")}) or all_flops(suite.floor)
+        rows.append([*row, words.ratio(over(all_flops(arm), floor_flops)), words.count(found.n if found else None)])
+    return table(("arm", "trained", "share", "step / floor", *PARTS, "FLOPs / floor", "pairs"), rows)
+
+
+def _bytes(suite: Suite) -> str:
+    rows = []
+    for name, arm in suite.arms.items():
+        row = [
+            words.size(beyond_floor(suite, name, "saved_bytes")),
+            words.size(minus(arm.get("alive_after_forward_bytes"), suite.floor.get("alive_after_forward_bytes"))),
+            words.size(get(arm, "state_bytes", "optimizer")),
+            words.size(arm.get("peak_rss_bytes")),
+            words.signed_size(minus(arm.get("peak_rss_bytes"), suite.floor.get("peak_rss_bytes"))),
+            words.size(arm.get("peak_tensor_bytes")),
+            words.signed_size(beyond_floor(suite, name, "peak_tensor_bytes")),
+        ]
+        if ran(arm) and any(cell != words.DASH for cell in row):
+            rows.append([label(arm), *row])
+    heads = ("arm", "saved beyond the floor", "alive after forward", "optimizer state", "peak of the process")
+    return table((*heads, "above the floor's", "counted peak", "above the floor's"), rows)
+
+
+def _adapters(suite: Suite) -> str:
+    rows = []
+    for arm in suite.arms.values():
+        adapter = arm.get("adapter")
+        if adapter:
+            times = [words.milliseconds(adapter.get(f"{what}_s")) for what in ("load", "switch", "merge", "unmerge")]
+            exact = {True: "yes", False: "**no**"}.get(adapter.get("restored_exactly"), words.DASH)
+            rows.append([label(arm), words.size(adapter.get("bytes")), *times, exact])
+        elif arm.get("adapter_error"):
+            rows.append([label(arm), f"no result: {arm['adapter_error']}"])
+    return table(("adapter", "on disk", "load", "switch", "merge", "unmerge", "base restored exactly"), rows)
+
+
+def rivals_section(found: list[Suite]) -> str:
+    """SMT's step less each rival's, in every suite."""
+    tables = []
+    for name, rivals in RIVALS.items():
+        rows = []
+        for suite in found:
+            told = [compare(suite.arms.get(name), suite.arms.get(rival)) for rival in rivals]
+            if any(word != ABSENT for _, word in told):
+                cells = [f"{words.signed(estimate)} " if estimate else "" for estimate, _ in told]
+                rows.append((suite.name, *(cell + verdict(word) for cell, (_, word) in zip(cells, told))))
+        of_name = table(("suite", *(NAMES[rival] for rival in rivals)), rows)
+        tables.append(section(f"{words.arm(name)} less …", of_name))
+    if not any(tables):
+        return ""
+    text = """Difference of the medians of step / floor, with its 95 % bootstrap interval. Below zero SMT is faster;
+    *holds*: all of the interval is below zero."""
+    return section("## SMT against each rival", prose(text), *tables)
+
+
+def memory_section(found: list[Suite]) -> str:
+    """The counted peak above the floor's, byte by byte, of SMT and LoRA."""
+    tables = [section(f"### {suite.name}", _memory(suite)) for suite in found]
+    if not any(tables):
+        return ""
+    text = """Counted peak of a step less the floor's, in bytes, and what lives from step to step or is saved for the
+    backward: buffers beside the base (the index), deltas, the originals that give the base back, their gradients,
+    Adam's state, saved columns. The remainder is what these do not explain: positive, it is temporaries;
+    negative, the parts are never alive together, for saved columns are gone before the last gradients and the
+    optimizer's step come."""
+    return section("## Memory above the floor, explained", prose(text), *tables)
+
+
+def _memory(suite: Suite) -> str:
+    rows = []
+    for name, arm in suite.others.items():
+        gap = beyond_floor(suite, name, "peak_tensor_bytes")
+        if name.startswith(("smt", "lora")) and gap is not None and arm.get("state_bytes"):
+            parts = memory_parts(suite, name, arm)
+            rows.append([label(arm), *map(words.count, (gap, *parts.values(), gap - sum(parts.values())))])
+    heads = ("arm", "gap", "buffers", "deltas", "originals", "gradients", "Adam", "saved", "remainder")
+    return table(heads, rows)
+
+
+def memory_parts(suite: Suite, name: str, arm: Record) -> dict[str, float]:
+    """Bytes beyond the floor's by what they are for."""
+    state = arm.get("state_bytes") or {}
+    buffers = minus(state.get("base"), of_floor(arm, suite.floor, "state_bytes", "base"))
+    return {
+        "buffers": buffers or 0,
+        **{key: state.get(key) or 0 for key in ("trained", "originals", "gradients", "optimizer")},
+        "saved": beyond_floor(suite, name, "saved_bytes") or 0,
+    }

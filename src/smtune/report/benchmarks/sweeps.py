@@ -1,0 +1,185 @@
+"""How time grows: series of the "sweep" records, and the exponents that least squares on log-log fits to them.
+
+An exponent of 1 is linear growth, of 0 none. Its interval comes from drawing the pairs of every point again. Imports
+numpy and the modules beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from smtune.report.benchmarks.records import (
+    FLOOR,
+    Record,
+    all_flops,
+    minus,
+    of_kind,
+    pairs,
+    ran,
+    resampled_medians,
+    step,
+)
+
+MIN_POINTS = 3
+"""Fewer points fit no exponent."""
+MIN_VALUES = 3
+"""Fewer values of some point leave the exponent without an interval."""
+TOLERANCE = 0.15
+"""An exponent within this of its target counts as it."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a sweep varies.
+
+    Attributes:
+        name: of the axis, with its unit.
+        x: its value, from a record.
+        measures: what is fitted; of `MEASURES`.
+        targets: exponent by measure, where the issue asks for one.
+    """
+
+    name: str
+    x: Callable[[Record], float | None]
+    measures: tuple[str, ...]
+    targets: dict[str, float]
+
+
+ALL = ("step", "extra", "blocks")
+AXES = {
+    "tokens": Axis("tokens of a step", lambda r: r.get("tokens"), ALL, {"step": 1, "extra": 1, "blocks": 1}),
+    "budget": Axis("trained parameters", lambda r: r.get("trained_params"), ALL, {"extra": 1, "blocks": 1}),
+    "block_size": Axis("block size (rows)", lambda r: r.get("value"), ALL, {}),
+    "depth": Axis(
+        "layers the backward goes through",
+        lambda r: r["layers"] - r["value"] if {"layers", "value"} <= r.keys() else None,
+        ("backward", "step"),
+        {},
+    ),
+    "layers": Axis("layers of the model", lambda r: r.get("layers"), ALL, {"extra": 0, "blocks": 0}),
+}
+"""The axes by the record's "sweep". That of depth counts layers from the lowest with blocks to the top."""
+
+MEASURES = {
+    "step": "step",
+    "extra": "step above the floor",
+    "blocks": "block operators",
+    "backward": "backward",
+    "floor": "floor's step",
+}
+"""What is timed: `blocks` by torch's profiler, within a step; the others by the clock, in pairs."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One record of a sweep: where it stands, and seconds by measure, one for each pair."""
+
+    x: float
+    seconds: dict[str, np.ndarray]
+    extra_flops: float | None
+
+    def median(self, measure: str) -> float:
+        """Seconds; not a number where this was not measured."""
+        return float(np.median(self.seconds[measure])) if self.seconds[measure].size else math.nan
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points of one sweep of one arm in one dtype, by ascending x."""
+
+    sweep: str
+    dtype: str
+    arm: str
+    points: list[Point]
+
+    @property
+    def axis(self) -> Axis:
+        return AXES[self.sweep]
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of the axis that some point has."""
+        return [name for name in self.axis.measures if any(point.seconds[name].size for point in self.points)]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y = scale · x^exponent, with the exponent's 95 % interval.
+
+    Attributes:
+        low, high: infinite where the data do not bound it.
+        used, points: points in the fit, and points there are. One at or below zero has no logarithm.
+    """
+
+    exponent: float
+    low: float
+    high: float
+    scale: float
+    used: int
+    points: int
+
+
+def series(results: Record) -> list[Series]:
+    """All series that have a point, in the order of the axes; arms with errors have none."""
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for record in of_kind(results, "sweep"):
+        if record.get("sweep") in AXES and record.get("arm") != FLOOR and ran(record) and pairs(record):
+            found.setdefault((record["sweep"], record.get("dtype", ""), record.get("arm", "")), []).append(record)
+    ordered = sorted(found.items(), key=lambda item: list(AXES).index(item[0][0]))
+    return [Series(sweep, dtype, arm, _points(sweep, group)) for (sweep, dtype, arm), group in ordered]
+
+
+def _points(sweep: str, group: list[Record]) -> list[Point]:
+    points: dict[float, Point] = {}
+    for record in group:
+        x = AXES[sweep].x(record)
+        if x and x > 0:
+            floor = all_flops({"flops": record.get("floor_flops")})
+            points[x] = Point(x, _seconds(record), minus(all_flops(record), floor))
+    return [points[x] for x in sorted(points)]
+
+
+def _seconds(record: Record) -> dict[str, np.ndarray]:
+    found = pairs(record)
+    arm, floor = (np.array([step(pair[of]) for pair in found]) for of in ("arm", "floor"))
+    return {
+        "step": arm,
+        "floor": floor,
+        "extra": arm - floor,
+        "blocks": np.array(record.get("block_ops_s") or ()),
+        "backward": np.array([pair["arm"].get("backward") or 0.0 for pair in found]),
+    }
+
+
+def fit(series: Series, measure: str) -> Fit | None:
+    """The exponent of one measure, or None where fewer than `MIN_POINTS` medians are above zero."""
+    used = [point for point in series.points if point.median(measure) > 0]
+    if len(used) < MIN_POINTS:
+        return None
+    x = np.log([point.x for point in used])
+    exponent, intercept = np.polyfit(x, np.log([point.median(measure) for point in used]), 1)
+    low, high = _interval(x, [point.seconds[measure] for point in used])
+    return Fit(float(exponent), low, high, math.exp(intercept), len(used), len(series.points))
+
+
+def _interval(x: np.ndarray, seconds: list[np.ndarray]) -> tuple[float, float]:
+    """95 % bootstrap interval of the slope. Few values, or many draws without a logarithm, do not bound it."""
+    medians = np.array([resampled_medians(values, seed) for seed, values in enumerate(seconds)])
+    positive = (medians > 0).all(axis=0)
+    if min(map(len, seconds)) < MIN_VALUES or positive.mean() < 0.975:
+        return -math.inf, math.inf
+    low, high = np.quantile(np.polyfit(x, np.log(medians[:, positive]), 1)[0], (0.025, 0.975))
+    return float(low), float(high)
+
+
+def flops_exponent(series: Series) -> float | None:
+    """The exponent of the counted FLOPs above the floor, where every point has them."""
+    points = [point for point in series.points if point.extra_flops and point.extra_flops > 0]
+    if len(points) < max(MIN_POINTS, len(series.points)):
+        return None
+    logs = np.log([[point.x, point.extra_flops or 0.0] for point in points])
+    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])

@@ -1,0 +1,404 @@
+"""What was promised and what was measured: every target a row, its verdict computed from the records.
+
+A target without a record stays as *not measured*. Comparisons of two arms are three-valued: the 95 % bootstrap
+interval of the difference of medians decides, or does not. Imports `smtune.evaluation.statistics` and the modules
+beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from smtune.evaluation.statistics import Estimate
+from smtune.report.benchmarks import sweeps, words
+from smtune.report.benchmarks.records import (
+    Record,
+    Suite,
+    beyond_floor,
+    difference,
+    get,
+    label,
+    median,
+    median_interval,
+    of_kind,
+    ran,
+    step_ratios,
+    suites,
+)
+
+HOLDS, MISSED, OPEN, ABSENT, NO_TARGET = "holds", "missed", "not told apart", "not measured", "no target here"
+
+STEP_TARGETS = {"smt-0.84": 1.02, "smt-4.91": 1.06}
+STEP_TOKENS = 1024
+"""The step targets are for the layer shapes of LLaMA-7B and at least so many tokens."""
+RIVALS = {
+    "smt-0.84": ("lora", "lora-all", "dora", "shira", "supertuning", "full"),
+    "smt-4.91": ("lora-4.91",),
+}
+"""Who has to be slower than whom."""
+NAMES = {
+    "lora": "LoRA",
+    "lora-4.91": "LoRA 4.91 %",
+    "lora-all": "LoRA on all linear layers",
+    "dora": "DoRA",
+    "shira": "SHiRA",
+    "supertuning": "Super-tuning",
+    "full": "full",
+}
+RESIDENT = ("smt-0.43", "smt-0.84", "smt-1.26", "smt-2.5", "smt-3.73", "smt-4.91")
+FAR_BELOW = 0.5
+"""Peak memory "far below" full fine-tuning's is at most this share of it."""
+MILLISECONDS = 0.1
+"""A switch "in milliseconds" takes less than this many seconds."""
+SCORING = 1.05
+STATE = {"trained": 4, "gradients": 4, "optimizer": 8}
+"""Bytes of state a trained parameter, by the contract; its original has the base's itemsize."""
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+HALF_RATE = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target.
+
+    Attributes:
+        group: the issue's item or the contract it comes from.
+        what: is promised, with its target.
+        where: suite or sweep; "" where none was measured.
+        measured: in words.
+        verdict: HOLDS, MISSED, OPEN, ABSENT or NO_TARGET.
+    """
+
+    group: str
+    what: str
+    where: str
+    measured: str
+    verdict: str
+
+
+def targets(results: Record) -> list[Row]:
+    """All target rows, those that nothing was measured for included."""
+    found = suites(results)
+    return [
+        *_step(found),
+        *_below_rivals(found),
+        *_each(found, "2", "FLOPs = floor's + 2·(block parameters)·N, exactly", _flops),
+        *_each(found, "2", "bytes saved beyond the floor = N·(used columns)·itemsize, exactly", _saved),
+        *_each(
+            found, "design", "bytes per trained parameter: delta 4 + gradient 4 + Adam 8 + original one item", _state
+        ),
+        *_each(found, "3", "counted peak memory at or below LoRA's of equal parameters", _peak_counted),
+        *_each(found, "3", "the process's peak memory at or below LoRA's of equal parameters", _peak_process),
+        *_each(found, "3", f"counted peak memory at most {words.percent(FAR_BELOW, 0)} of full's", _peak_full),
+        *_growth(results),
+        *_cost_aware(results),
+        *_each(
+            [suite for suite in found if _embedded(suite)],
+            "7",
+            f"adapter switch below {words.milliseconds(MILLISECONDS)}",
+            _switch,
+        ),
+        *_each(found, "7", "merge and unmerge give the base back bit for bit", _exact),
+        *_scoring(results),
+        *_kernels(results),
+    ]
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """The verdict of a row that several comparisons make up; those not measured do not count."""
+    found = set(verdicts)
+    return next((verdict for verdict in (MISSED, OPEN, HOLDS, NO_TARGET) if verdict in found), ABSENT)
+
+
+def compare(a: Record | None, b: Record | None) -> tuple[Estimate | None, str]:
+    """Whether arm a's step is below arm b's: the difference of median step ratios, and a verdict."""
+    if not step_ratios(a).size or not step_ratios(b).size:
+        return None, ABSENT
+    found = difference(step_ratios(a), step_ratios(b))
+    return found, _below(found, 0)
+
+
+def _below(interval: Estimate | None, bound: float) -> str:
+    """Whether an interval is below a bound with all it holds; without one nothing can be told."""
+    if interval is None:
+        return OPEN
+    return HOLDS if interval.high < bound else MISSED if interval.low > bound else OPEN
+
+
+def _holds(condition: bool) -> str:
+    return HOLDS if condition else MISSED
+
+
+def _each(found: list[Suite], group: str, what: str, judge: Callable[[Suite], tuple[str, str]]) -> list[Row]:
+    """A row for every suite that `judge` finds something in; if there is none, one row that says so."""
+    judged = [(suite, *judge(suite)) for suite in found]
+    rows = [Row(group, what, suite.name, text, verdict) for suite, text, verdict in judged if verdict != ABSENT]
+    return rows or [Row(group, what, "", "", ABSENT)]
+
+
+def _joined(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """(text, verdict) of several comparisons by name."""
+    return "; ".join(f"{name} {text}" for name, (text, _) in parts.items()), worst(v for _, v in parts.values())
+
+
+# -- 1: step time ----------------------------------------------------------------------------------------------------
+
+
+def _step(found: list[Suite]) -> list[Row]:
+    rows = []
+    for name, target in STEP_TARGETS.items():
+        what = f"{words.arm(name)}: step / floor at most {target}"
+        measured = [suite for suite in found if step_ratios(suite.arms.get(name)).size]
+        if not any(suite.is_7b(STEP_TOKENS) for suite in measured):
+            rows.append(Row("1", what, "", "", ABSENT))
+        for suite in measured:
+            value, interval, text = _median(step_ratios(suite.arms[name]))
+            if not suite.is_7b(STEP_TOKENS):
+                rows.append(Row("1", what, suite.name, text, NO_TARGET))
+                continue
+            if interval is not None and interval.low <= target < interval.high:
+                text += ", the interval reaches over the target"
+            rows.append(Row("1", what, suite.name, text, _holds(value <= target)))
+    return rows
+
+
+def _median(ratios: np.ndarray) -> tuple[float, Estimate | None, str]:
+    """The median, its interval where there are values enough for one, and both in words."""
+    value, interval = float(np.median(ratios)), median_interval(ratios)
+    bounds = f"95 %: {words.interval(interval)}" if interval else f"no interval of {len(ratios)} values"
+    return value, interval, f"{words.ratio(value)} ({bounds})"
+
+
+def _below_rivals(found: list[Suite]) -> list[Row]:
+    rows = []
+    for name, rivals in RIVALS.items():
+        what = f"{words.arm(name)}: step below {', '.join(NAMES[rival] for rival in rivals)}"
+
+        def judge(suite: Suite, name=name, rivals=rivals) -> tuple[str, str]:
+            verdicts = {NAMES[rival]: compare(suite.arms.get(name), suite.arms.get(rival))[1] for rival in rivals}
+            by_verdict = {v: [name for name, verdict in verdicts.items() if verdict == v] for v in verdicts.values()}
+            order = [verdict for verdict in (MISSED, OPEN, HOLDS, ABSENT) if verdict in by_verdict]
+            text = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
+            return text, worst(verdicts.values())
+
+        rows += _each(found, "1", what, judge)
+    return rows
+
+
+# -- the design's counts ---------------------------------------------------------------------------------------------
+
+
+def _resident(suite: Suite) -> dict[str, Record]:
+    return {name: suite.arms[name] for name in RESIDENT if ran(suite.arms.get(name))}
+
+
+def _flops(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    for name, arm in _resident(suite).items():
+        over = [beyond_floor(suite, name, "flops", part) for part in ("forward", "backward")]
+        params, tokens = arm.get("trained_params"), arm.get("tokens")
+        if None in over or params is None or tokens is None:
+            continue
+        promised = 2 * params * tokens
+        if over == [0, promised]:
+            parts[words.arm(name)] = ("exact", HOLDS)
+        else:
+            parts[words.arm(name)] = (f"off by {over[0]:+,} forward, {over[1] - promised:+,} backward", MISSED)
+    return _all_alike(parts)
+
+
+def _saved(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    for name, arm in _resident(suite).items():
+        saved = beyond_floor(suite, name, "saved_bytes")
+        columns, tokens, itemsize = arm.get("used_columns"), arm.get("tokens"), ITEMSIZE.get(arm.get("dtype", ""))
+        if saved is None or columns is None or tokens is None or itemsize is None:
+            continue
+        promised = columns * tokens * itemsize
+        off = f"{words.size(saved)}, {saved - promised:+,} bytes"
+        parts[words.arm(name)] = ("exact", HOLDS) if saved == promised else (off, MISSED)
+    return _all_alike(parts)
+
+
+def _state(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    for name, arm in _resident(suite).items():
+        state, params = arm.get("state_bytes") or {}, arm.get("trained_params")
+        promised = {**STATE, "originals": ITEMSIZE.get(arm.get("dtype", ""))}
+        if not params or None in promised.values() or not promised.keys() <= state.keys():
+            continue
+        more = {key: state[key] - (promised[key] or 0) * params for key in promised}
+        # AdamW also counts its steps: 4 bytes a tensor, of which there are no more than blocks.
+        exact = 0 <= more.pop("optimizer") <= 4 * (arm.get("blocks") or 0) and not any(more.values())
+        parts[words.arm(name)] = (" + ".join(f"{state[key] / params:.2f}" for key in promised), _holds(exact))
+    return _all_alike(parts)
+
+
+def _all_alike(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """As `_joined`, in short where all say the same."""
+    if len({text for text, _ in parts.values()}) == 1 and len(parts) > 1:
+        text, verdict = next(iter(parts.values()))
+        return f"{text} in all {len(parts)} budgets", verdict
+    return _joined(parts)
+
+
+# -- 3: memory -------------------------------------------------------------------------------------------------------
+
+
+def _below_lora(suite: Suite, key: str) -> tuple[str, str]:
+    parts = {}
+    for smt, lora in (("smt-0.84", "lora"), ("smt-4.91", "lora-4.91")):
+        mine, theirs = get(suite.arms.get(smt), key), get(suite.arms.get(lora), key)
+        if mine and theirs:
+            text = f"{words.size(mine)} against {words.size(theirs)} ({words.signed_size(mine - theirs)})"
+            parts[words.arm(smt)] = (text, _holds(mine <= theirs))
+    return _joined(parts)
+
+
+def _peak_counted(suite: Suite) -> tuple[str, str]:
+    return _below_lora(suite, "peak_tensor_bytes")
+
+
+def _peak_process(suite: Suite) -> tuple[str, str]:
+    return _below_lora(suite, "peak_rss_bytes")
+
+
+def _peak_full(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    full = get(suite.arms.get("full"), "peak_tensor_bytes")
+    for name in STEP_TARGETS:
+        mine = get(suite.arms.get(name), "peak_tensor_bytes")
+        if mine and full:
+            parts[words.arm(name)] = (words.percent(mine / full), _holds(mine <= FAR_BELOW * full))
+    return _joined(parts)
+
+
+# -- 4: growth -------------------------------------------------------------------------------------------------------
+
+
+def judge_exponent(fitted: sweeps.Fit | None, target: float) -> str:
+    """HOLDS or MISSED where the exponent's whole interval is within the tolerance, or outside it."""
+    if fitted is None or fitted.used < fitted.points:
+        return OPEN
+    low, high = target - sweeps.TOLERANCE, target + sweeps.TOLERANCE
+    if low <= fitted.low and fitted.high <= high:
+        return HOLDS
+    return MISSED if fitted.high < low or fitted.low > high else OPEN
+
+
+def _growth(results: Record) -> list[Row]:
+    rows = []
+    found = [series for series in sweeps.series(results) if series.arm.startswith("smt")]
+    for sweep, axis in sweeps.AXES.items():
+        for measure, target in axis.targets.items():
+            growth = "linear" if target else "flat"
+            what = f"{sweeps.MEASURES[measure]} against {axis.name}: {growth}, exponent {target:g} ± {sweeps.TOLERANCE}"
+            of_sweep = [series for series in found if series.sweep == sweep and measure in series.measures]
+            for series in of_sweep:
+                fitted = sweeps.fit(series, measure)
+                text, verdict = words.exponent(fitted, len(series.points)), judge_exponent(fitted, target)
+                rows.append(Row("4", what, f"sweep {sweep}, {series.dtype}", text, verdict))
+            if not of_sweep:
+                rows.append(Row("4", what, "", "", ABSENT))
+    return rows
+
+
+# -- 6 and 7 ---------------------------------------------------------------------------------------------------------
+
+
+def _cost_aware(results: Record) -> list[Row]:
+    what = "cost-aware plan at max_backward_cost 0.5: a step measurably under the floor"
+    rows = []
+    for record in of_kind(results, "cost_aware"):
+        ratios = step_ratios(record)
+        if record.get("max_backward_cost") == 0.5 and ratios.size:
+            _, interval, text = _median(ratios)
+            text += f", {words.percent(record.get('score_kept'))} of the score kept"
+            rows.append(Row("6", what, record.get("suite", ""), text, _below(interval, 1)))
+    return rows or [Row("6", what, "", "", ABSENT)]
+
+
+def _embedded(suite: Suite) -> bool:
+    return str(suite.first.get("model", "")).startswith("smollm2")
+
+
+def _switch(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    for arm in _resident(suite).values():
+        seconds = get(arm, "adapter", "switch_s")
+        if seconds is not None:
+            parts[label(arm)] = (words.milliseconds(seconds), _holds(seconds < MILLISECONDS))
+    return _joined(parts)
+
+
+def _exact(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    for arm in _resident(suite).values():
+        exact = get(arm, "adapter", "restored_exactly")
+        if arm.get("adapter_error"):
+            parts[label(arm)] = (f"no result: {arm['adapter_error']}", MISSED)
+        elif exact is not None:
+            parts[label(arm)] = ("exactly" if exact else "not exactly", _holds(exact))
+    return _all_alike(parts)
+
+
+# -- scoring and kernels ---------------------------------------------------------------------------------------------
+
+
+def scoring_ratios(record: Record) -> dict[str, np.ndarray]:
+    """Of one "scoring" record, by round: score and dense over the floor, and score over dense."""
+    rounds = [r for r in record.get("rounds") or () if all(r.get(key) for key in ("floor", "dense", "score"))]
+    return {
+        "score / floor": np.array([r["score"] / r["floor"] for r in rounds]),
+        "dense / floor": np.array([r["dense"] / r["floor"] for r in rounds]),
+        "score / dense": np.array([r["score"] / r["dense"] for r in rounds]),
+    }
+
+
+def _scoring(results: Record) -> list[Row]:
+    what = f"one warm-up batch at most {SCORING} of floor + dense gradients of the targeted weights"
+    rows = []
+    for record in of_kind(results, "scoring"):
+        ratios = scoring_ratios(record)["score / dense"]
+        if ran(record) and ratios.size:
+            value, _, text = _median(ratios)
+            where = ", ".join(record[key] for key in ("suite", "criterion", "accumulator") if record.get(key))
+            rows.append(Row("scoring", what, where, text, _holds(value <= SCORING)))
+    return rows or [Row("scoring", what, "", "", ABSENT)]
+
+
+def dense_rate(record: Record) -> float | None:
+    """A "kernel" record's speed as a share of the dense product's, the median over its runs."""
+    seconds, ideal = record.get("seconds") or (), record.get("ideal_seconds") or ()
+    if len(seconds) == len(ideal):
+        return median(b / a for a, b in zip(seconds, ideal) if a)
+    mine, best = median(seconds), median(ideal)
+    return best / mine if mine and best else None
+
+
+def kernel_cases(results: Record) -> dict[tuple, dict[str, Record]]:
+    """The "kernel" records that ran: by case, then by candidate."""
+    cases: dict[tuple, dict[str, Record]] = {}
+    for record in of_kind(results, "kernel"):
+        if ran(record) and dense_rate(record) is not None:
+            key = tuple(record.get(name) for name in ("device", "dtype", "tokens", "features", "block_size", "blocks"))
+            cases.setdefault(key, {})[record.get("candidate", "")] = record
+    return cases
+
+
+def _kernels(results: Record) -> list[Row]:
+    what = f"block gradient in bfloat16 at {words.percent(HALF_RATE, 0)} of the dense rate or more"
+    rates = [
+        rate
+        for case, candidates in kernel_cases(results).items()
+        for record in candidates.values()
+        if record.get("used") and case[1] == "bfloat16" and (rate := dense_rate(record)) is not None
+    ]
+    if not rates:
+        return [Row("kernels", what, "", "", ABSENT)]
+    enough = sum(rate >= HALF_RATE for rate in rates)
+    text = f"{enough} of {len(rates)} cases; {words.percent(min(rates))} to {words.percent(max(rates))}"
+    return [Row("kernels", what, "kernel records", text, _holds(enough == len(rates)))]

@@ -1,0 +1,85 @@
+"""Numbers in words: one way to write a ratio, a size, an interval. What is missing is a dash."""
+
+from __future__ import annotations
+
+import math
+
+from smtune.evaluation.statistics import Estimate
+from smtune.report.benchmarks.records import Spread
+from smtune.report.benchmarks.sweeps import Fit
+
+DASH = "–"
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def arm(name: str) -> str:
+    """ "SMT 0.84 %" for "smt-0.84"; the share is that of LLaMA-7B."""
+    method, _, share = name.partition("-")
+    return f"{method.upper()} {share} %"
+
+
+def ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:.3f}"
+
+
+def interval(estimate: Estimate) -> str:
+    return f"{estimate.low:.3f} to {estimate.high:.3f}"
+
+
+def with_quartiles(spread: Spread | None) -> str:
+    """Median, and the middle half in brackets."""
+    return DASH if spread is None else f"{spread.median:.3f} ({spread.low:.3f}–{spread.high:.3f})"
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its interval."""
+    return _minus(f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})")
+
+
+def percent(value: float | None, decimals: int | None = None) -> str:
+    """A share; without `decimals` about three digits."""
+    if value is None:
+        return DASH
+    if decimals is None:
+        decimals = 1 if abs(value) >= 0.1 else 2
+    return _minus(f"{100 * value:.{decimals}f} %")
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes in the largest binary unit that gives a number of 1 or more."""
+    if n_bytes is None:
+        return DASH
+    for unit, name in UNITS:
+        if abs(n_bytes) >= unit:
+            return f"{n_bytes / unit:,.{2 if abs(n_bytes) < 10 * unit else 1}f} {name}"
+    return f"{n_bytes:,.0f} B"
+
+
+def signed_size(n_bytes: float | None) -> str:
+    return DASH if n_bytes is None else _minus(f"{'+' if n_bytes > 0 else ''}{size(n_bytes)}")
+
+
+def milliseconds(seconds: float | None) -> str:
+    return DASH if seconds is None else f"{1000 * seconds:,.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def count(number: float | None) -> str:
+    return DASH if number is None else _minus(f"{number:,.0f}")
+
+
+def exponent(fit: Fit | None, points: int) -> str:
+    """An exponent with its interval, and how many points it rests on."""
+    if fit is None:
+        return f"no fit: fewer than three of {points} points above zero"
+    bounds = f"{hundredths(fit.low)} to {hundredths(fit.high)}" if math.isfinite(fit.low) else "no bounds"
+    below = "" if fit.used == points else f"; {points - fit.used} of {points} points not above zero, left out"
+    return f"{hundredths(fit.exponent)} ({bounds}{below})"
+
+
+def hundredths(value: float) -> str:
+    """Two decimals, and no minus before a zero."""
+    return _minus(f"{round(value, 2) + 0.0:.2f}")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

@@ -1,0 +1,130 @@
+"""The Triton kernels against the reference, in Triton's interpreter. Run in a process of its own by
+test_triton_kernels.py: the interpreter must be chosen before triton is imported, and then holds for the process.
+
+Operands are fp32 and fp16: the interpreter's `tl.dot` gives garbage for bf16.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from smtune.blocks import BlockGrid, BlockIndex, scatter_
+from smtune.kernels import block_grad_reference, block_product_reference, dispatch, triton_blocks
+
+DTYPES = [torch.float32, torch.float16]
+RELATIVE = 1e-5
+"""The contract for fp32 sums, to the largest value."""
+
+
+def choose(number):
+    """Have the tuners take the fitting configuration of this number, as if it had been the fastest."""
+    for tuner in (triton_blocks.tuned_block_grad, triton_blocks.tuned_block_product):
+        times = iter([abs(place - number) for place in range(len(triton_blocks.CONFIGS))])
+        tuner.cache.clear()
+        # Called as a benchmark calls it, so that a configuration that was tried must have left y as it was.
+        tuner.do_bench = lambda kernel_call, quantiles, times=times: (kernel_call(), [next(times)] * 3)[1]
+
+
+@st.composite
+def cases(draw):
+    """(index, n_tokens, layout, dtype, seed): any blocks in any order; one split and several, with and without tail."""
+    size = draw(st.sampled_from([16, 32, 48, 64, 96, 128]))
+    n_rows, n_cols = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    places = draw(st.lists(st.integers(0, n_rows * n_cols - 1), min_size=1, max_size=5, unique=True))
+    grid = BlockGrid(n_rows * size, n_cols * size, size)
+    index = BlockIndex.from_pairs(grid, [divmod(place, n_cols) for place in places])
+    n_tokens = draw(st.one_of(st.integers(1, 200), st.sampled_from([256, 512, 513, 600])))
+    layout = draw(st.sampled_from(["contiguous", "sliced", "transposed", "expanded"]))
+    return index, n_tokens, layout, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**16))
+
+
+def random(layout, n_tokens, features, dtype):
+    if layout == "sliced":
+        return torch.randn(n_tokens, 2 * features, dtype=dtype)[:, ::2]
+    if layout == "transposed":
+        return torch.randn(features, n_tokens, dtype=dtype).T
+    if layout == "expanded":
+        return torch.randn(features, dtype=dtype).expand(n_tokens, features)
+    return torch.randn(n_tokens, features, dtype=dtype)
+
+
+def close(actual, expected, rounding=0.0):
+    atol = RELATIVE * expected.abs().max().item()
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=rounding, atol=atol)
+
+
+EVERY_TILE = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+LARGE = BlockIndex.from_pairs(BlockGrid(512, 256, 256), [(1, 0)])
+
+
+@given(cases(), st.integers(0, 3))
+@example((LARGE, 600, "contiguous", torch.float32, 0), 3)
+@EVERY_TILE
+def test_block_grad(case, config):
+    index, n_tokens, layout, dtype, seed = case
+    torch.manual_seed(seed)
+    choose(config)
+    grad_y = random(layout, n_tokens, index.grid.out_features, dtype)
+    x = random("contiguous" if layout == "expanded" else layout, n_tokens, index.grid.in_features, dtype)
+    actual = triton_blocks.block_grad_triton(grad_y, x, index.pairs, index.grid.block_size)
+    close(actual, block_grad_reference(grad_y, x, index))
+
+
+@given(cases(), st.integers(0, 3), st.booleans())
+@example((LARGE, 130, "contiguous", torch.float32, 0), 3, False)
+@EVERY_TILE
+def test_block_product(case, config, transpose):
+    index, n_tokens, layout, dtype, seed = case
+    n_tokens = min(n_tokens, 140)
+    torch.manual_seed(seed)
+    choose(config)
+    grid = index.grid
+    blocks = torch.randn(len(index), grid.block_size, grid.block_size, dtype=dtype)
+    n_in, n_out = (grid.out_features, grid.in_features) if transpose else (grid.in_features, grid.out_features)
+    x, y = random(layout, n_tokens, n_in, dtype), torch.randn(n_tokens, n_out, dtype=dtype)
+    if transpose:
+        expected = y + x.float() @ scatter_(torch.zeros(grid.out_features, grid.in_features), index, blocks)
+    else:
+        expected = y + block_product_reference(x.float(), blocks, index)
+    triton_blocks.block_product_triton_(y, x, blocks, index.pairs, transpose)
+    close(y, expected, rounding=torch.finfo(dtype).eps / 2)
+
+
+def test_nothing_to_do():
+    index = BlockIndex.from_pairs(BlockGrid(32, 48, 16), [(1, 2)])
+    none = torch.zeros(0, 32), torch.zeros(0, 48)
+    assert torch.equal(triton_blocks.block_grad_triton(*none, index.pairs, 16), torch.zeros(1, 16, 16))
+    triton_blocks.block_product_triton_(*none, torch.zeros(1, 16, 16), index.pairs)
+    y = torch.ones(4, 32)
+    triton_blocks.block_product_triton_(y, torch.ones(4, 48), torch.zeros(0, 16, 16), ())
+    assert torch.equal(y, torch.ones(4, 32))
+    assert triton_blocks.block_grad_triton(y, torch.ones(4, 48), (), 16).shape == (0, 16, 16)
+
+
+@pytest.mark.parametrize("triton", [triton_blocks, None])
+def test_a_gpu_tensor_goes_to_triton_or_else_to_the_loop(triton, monkeypatch):
+    """What the operators run for tensors on a GPU, called here on a CPU."""
+    monkeypatch.setattr(dispatch, "_triton_kernels_on", lambda device: triton)
+    choose(0)
+    index = BlockIndex.from_pairs(BlockGrid(32, 48, 16), [(1, 2), (0, 0), (1, 0)])
+    rows, cols = zip(*index.pairs)
+    grad_y, x, blocks = torch.randn(20, 32), torch.randn(20, 48), torch.randn(3, 16, 16)
+    close(dispatch._block_grad_gpu(grad_y, x, rows, cols, 16), block_grad_reference(grad_y, x, index))
+    y = torch.zeros(20, 32)
+    dispatch._block_product_gpu(y, x, blocks, rows, cols, False)
+    close(y, block_product_reference(x, blocks, index))
+
+
+def test_which_operands_triton_takes(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_kernels_on", lambda device: triton_blocks)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert dispatch._triton_kernels(torch.zeros(1, dtype=dtype), 48) is triton_blocks
+        assert dispatch._triton_kernels(torch.zeros(1, dtype=dtype), 24) is None
+    assert dispatch._triton_kernels(torch.zeros(1, dtype=torch.float64), 48) is None
