@@ -107,7 +107,7 @@ def run_cell(row: dict[str, Any], records: list[dict[str, str]], scores: Scores,
     limit = row["max_backward_cost"]
     config = smtune.SMTConfig(block_size=BLOCK_SIZE, budget=BUDGET, max_backward_cost=limit)
     plan = smtune.select_blocks(scores, config, total)
-    plan_file, data = folder.with_suffix(".plan.json"), folder.with_suffix(".jsonl")
+    plan_file, data = (folder.parent / f"{folder.name}{end}" for end in (".plan.json", ".jsonl"))
     plan.save(plan_file)
     data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     training = {"learning_rate": row["learning_rate"], "max_steps": row["steps"], "batch_size": BATCH}

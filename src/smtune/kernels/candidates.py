@@ -1,7 +1,7 @@
 """Ways to compute a block gradient with plain products, for the benchmarks to time side by side.
 
 Each takes (grad_y_NO, x_NI, pairs, block_size) and returns the (m, l, l) of `block_grad_loop`, which is two of them:
-`used_candidate` says which. What each one costs is in docs/adr/0004.
+`used_candidate` says which. What each one costs is in docs/adr/0008.
 """
 
 from __future__ import annotations

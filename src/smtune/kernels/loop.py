@@ -2,7 +2,7 @@
 
 Nothing is gathered: a block gradient reads its columns of dY and X where they lie. What may be copied is the dtype:
 16-bit operands are widened to fp32, dY one row of blocks at a time, unless the device multiplies bf16 itself, which is
-then three times as fast (docs/adr/0004 has the candidates, timed).
+then three times as fast (docs/adr/0008 has the candidates, timed).
 """
 
 from __future__ import annotations
