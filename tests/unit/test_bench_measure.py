@@ -286,6 +286,28 @@ def test_all_suites_come_to_jobs():
     assert len(jobs(Request(suites=["layers7b"], tokens=[512, 1024, 2048]))) == 3
 
 
+def test_sweeps_vary_one_thing():
+    """On smaller models of as many layers: blocks end where the floor of their series does."""
+    for series in suites.sweeps("float32"):
+        layers = series.model.partition("x")[2]
+        subject = find_subject(f"llama-256x{layers}")
+        floor = series.floor.get("floor_from", 0)
+        assert len({case.fields["value"] for case in series.cases}) == len(series.cases)
+        for case in series.cases:
+            options = {key: tuple(value) if isinstance(value, list) else value for key, value in case.options.items()}
+            setting = Setting(subject, "float32", **options)
+            plan = random_plan(
+                subject.load("float32"), setting.block_size or subject.block_size, setting.share or 0, setting.layers
+            )
+            with_blocks = [
+                number
+                for number, names in enumerate(attention_inputs(subject.load("float32")))
+                if any(plan.modules[name].rows for name in names)
+            ]
+            lowest = case.fields["value"] if case.fields["sweep"] == "depth" else floor
+            assert with_blocks == list(range(lowest, int(layers)))
+
+
 # Probes -------------------------------------------------------------------------------------------------------------
 
 
