@@ -888,3 +888,25 @@ def test_mode_is_checked_against_the_layer():
         SMTLinear(Odd(4, 4), mode="resident", name="odd")
     assert not SMTLinear(Odd(4, 4), mode="auto").resident
     assert SMTLinear(nn.Linear(4, 4), mode="auto").resident
+
+
+@pytest.mark.parametrize("published", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mode", MODES)
+def test_originals_take_16_bits_where_those_hold_them(mode, published):
+    base = make_base()
+    for parameter in base.parameters():
+        parameter.data.copy_(parameter.data.to(published))
+    before = copy.deepcopy(base.state_dict())
+    model = peft.get_peft_model(base, make_config(mode=mode, init_weights=False))
+    layers = [module for module in model.modules() if isinstance(module, SMTLinear)]
+    if mode == "resident":
+        assert {layer.smt_originals.dtype for layer in layers} == {published}
+    else:  # nothing is written, so nothing need be kept
+        assert all(layer.smt_originals is None for layer in layers)
+    model.merge_adapter()
+    assert {layer.smt_originals.dtype for layer in layers} == {published}
+    model.unmerge_adapter()
+    assert mode == "resident" or all(layer.smt_originals is None for layer in layers)
+    after = model.unload().state_dict()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name

@@ -2,7 +2,8 @@
 
 `llama-7b-layers` has the layers of LLaMA-7B, two of them, with a vocabulary of 2,000, which is the head's share of two
 of 32 layers: its cost per layer, and the ratio of its parts, are those of the whole model. `llama-<hidden>x<layers>`
-are smaller ones for sweeps. What a step costs does not depend on the weights' values, so random ones do.
+are smaller ones for sweeps. What a step costs does not depend on the weights' values, so random ones do; they are exact
+in bf16, as published models' are in 16 bits, which is what SMT's copy of the base's blocks then needs.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def _llama(hidden: int, intermediate: int, layers: int, head_dim: int, dtype: st
             nn.init.ones_(parameter)
         else:
             parameter.data.normal_(std=0.02, generator=generator)
+            parameter.data.copy_(parameter.data.bfloat16())
     return model
 
 

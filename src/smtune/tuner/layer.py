@@ -153,11 +153,11 @@ class SMTLinear(nn.Module, SMTLayer):
             )
         self.resident = can_be_resident if mode == "auto" else mode == "resident"
 
-        # The blocks of the base over the union of all adapters, (U, l, l) in its dtype.
+        # The base's blocks over the union of all adapters, (U, l, l) in its dtype or a narrower one that holds them.
         self.register_buffer("smt_originals", None, persistent=False)
         self._union: BlockIndex | None = None
         self._standing: _ActiveSet | None = None
-        self._active_set: _ActiveSet | None = None
+        self._active_sets: dict[tuple[str, ...], _ActiveSet] = {}
         self._shared: SharedInput | None = None
         # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
         self._put_aside: list[nn.Module] = []
@@ -199,31 +199,36 @@ class SMTLinear(nn.Module, SMTLayer):
         old_union, old_originals = self._union, self.smt_originals
         places = self._places()
         self._union = _union(places) if places else None
-        self._active_set = None
-        self.take_originals()
-        originals = self.smt_originals
-        if originals is None or old_union is None or old_originals is None or self._union is None:
-            return
-        known = {pair: k for k, pair in enumerate(old_union.pairs)}
-        for k, pair in enumerate(self._union.pairs):
-            if pair in known:
-                originals[k] = old_originals[known[pair]]
-
-    def take_originals(self) -> None:
-        """Copy the base's blocks out of W, which must be the base now; nothing from a weight that is elsewhere."""
+        self._active_sets.clear()
         self.smt_originals = None
-        if self._union is not None and self._is_dense and _is_here(self.base_layer.weight):
-            with torch.inference_mode(False):  # kept for later uses, which may be in training
-                self.smt_originals = gather(self.base_layer.weight.data, self._union)
+        if self.resident or self.merged:
+            self.take_originals(old_union, old_originals)
+
+    def take_originals(self, known_places: BlockIndex | None = None, known: Tensor | None = None) -> None:
+        """Copy the base's blocks out of W, which must be the base now, but for those already known.
+
+        Takes nothing from a weight that is elsewhere.
+        """
+        self.smt_originals = None
+        if self._union is None or not self._is_dense or not _is_here(self.base_layer.weight):
+            return
+        with torch.inference_mode(False):  # kept for later uses, which may be in training
+            originals = gather(self.base_layer.weight.data, self._union)
+            if known is not None and known_places is not None:
+                positions = {pair: k for k, pair in enumerate(known_places.pairs)}
+                for k, pair in enumerate(self._union.pairs):
+                    if pair in positions:
+                        originals[k] = known[positions[pair]]
+            self.smt_originals = _narrowed(originals)
 
     def _adapters(self, names: Sequence[str]) -> _ActiveSet | None:
         """The named adapters that this layer has, as a set; None if it has none of them."""
         present = tuple(name for name in names if name in self.smt_blocks)
         if not present:
             return None
-        if self._active_set is None or self._active_set.names != present:
-            self._active_set = _ActiveSet(present, [self._blocks(name).places for name in present])
-        return self._active_set
+        if present not in self._active_sets:
+            self._active_sets[present] = _ActiveSet(present, [self._blocks(name).places for name in present])
+        return self._active_sets[present]
 
     def _blocks(self, name: str) -> Blocks:
         blocks = self.smt_blocks[name]
@@ -382,6 +387,8 @@ class SMTLinear(nn.Module, SMTLayer):
             self.base_layer = self._put_aside.pop()
         else:
             self._write_originals()
+            if not self.resident:
+                self.smt_originals = None
 
     def _merge_quantised(self, adapters: _ActiveSet, total: Tensor) -> None:
         backend = getattr(self, "quantization_backend", None)
@@ -451,9 +458,18 @@ def _is_here(weight: Tensor) -> bool:
     return type(weight.data) is Tensor and weight.device.type != "meta" and weight.numel() > 0
 
 
+def _narrowed(blocks: Tensor) -> Tensor:
+    """The same values in 16 bits where those hold them all: most models are published in 16 bits and loaded in 32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = blocks.to(dtype)
+        if dtype.itemsize < blocks.itemsize and torch.equal(narrow.to(blocks.dtype), blocks):
+            return narrow
+    return blocks
+
+
 def _take_originals(layer: SMTLinear, keys: Any) -> None:
     """After a state dict has been loaded; a merged weight keeps the originals it was merged onto."""
-    if not layer.merged:
+    if layer.resident and not layer.merged:
         layer.take_originals()
 
 

@@ -139,6 +139,8 @@ def _reading() -> str:
         them.""",
         """**peak of the process**: resident memory, from the first timed step on. **counted peak**: bytes of tensors
         alive at once within a step.""",
+        """The Llamas have the layers of LLaMA-7B, or smaller ones, with random weights that 16 bits hold exactly, as
+        those of published models; SMT's copy of the base's blocks then takes 2 bytes each, in a model of fp32 too.""",
         """Blocks stand at random places, as many in every layer: the worst case for what is saved, since blocks
         chosen by score crowd in fewer columns.""",
         """Trained tensors are fp32 in all arms but full fine-tuning, which trains the weights in the base's dtype. All
