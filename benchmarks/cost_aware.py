@@ -30,6 +30,7 @@ import smtune
 from smtune.cli.demo import BLOCK_SIZE, BUDGET, MODEL, SMT
 from smtune.data import Collator, arithmetic, batches, prepare
 from smtune.evaluation import evaluate, load_items, resolve_tasks
+from smtune.files import write_json
 from smtune.models import load_merged, load_model, load_tokenizer
 from smtune.scoring import Scores
 from smtune.training import parse_config, train
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--items", type=int, default=ITEMS)
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--into", type=Path, help="a result of `smtune bench` whose page shall show these rows too")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -84,13 +86,23 @@ def main() -> None:
         row["held_out_loss"] = answer_loss(model, tokenizer, held_out)
         name = f"seed {seed}, cost {limit}"
         (task,) = evaluate(model, tokenizer, items, model_id=name, batch_size=25, max_new_tokens=64).summary.tasks
-        row |= {"correct": task.correct, "items": task.n, "unparsed": task.unparsed}
+        row |= {"right": task.correct, "of": task.n, "unparsed": task.unparsed}
         row |= {"interval": [task.accuracy.low, task.accuracy.high]}
         row |= {"machine": f"{platform.processor() or platform.machine()}, CPU", "threads": torch.get_num_threads()}
         row |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
         with arguments.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
+    if arguments.into is not None:
+        put_into(arguments.into, arguments.output)
+
+
+def put_into(results: Path, rows: Path) -> None:
+    """The trained cells as `quality` of a result of `smtune bench`."""
+    values = json.loads(results.read_text(encoding="utf-8"))
+    cells = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
+    values["quality"] = [cell for cell in cells if cell["max_backward_cost"] is not None]
+    write_json(results, values)
 
 
 def score(records: list[dict[str, str]], tokenizer, seed: int) -> tuple[Scores, int]:

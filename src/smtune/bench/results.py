@@ -36,7 +36,7 @@ class Results:
     Args:
         path: read if it is there.
         machine: what this run is on.
-        command: the command line.
+        command: the command line; a file that several have added to names them all.
     Raises:
         InputError: a file that is no result of `smtune bench`, or one of another machine or other versions.
     """
@@ -52,6 +52,8 @@ class Results:
         }
         if path.exists():
             self.values = self._read(path, machine)
+            if command not in self.values["command"].splitlines():
+                self.values["command"] += f"\n{command}"
 
     @staticmethod
     def _read(path: Path, machine: dict[str, Any]) -> dict[str, Any]:

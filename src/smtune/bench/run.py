@@ -131,10 +131,13 @@ class _Group:
         self.records[case.name] = self.series.record(case) | built | case.fields
 
     def _rounds(self) -> tuple[dict[str, list[dict[str, Any]]], list[Seconds]]:
-        """All rounds. Returns the pairs of each arm that is still there, and the floor's steps."""
+        """All rounds, after one that does not count: while the others were built, each arm's memory went cold.
+
+        Returns the pairs of each arm that is still there, and the floor's steps.
+        """
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in self.children if name != "floor"}
         floor_steps: list[Seconds] = []
-        for number in range(self.how.rounds):
+        for number in range(-1, self.how.rounds):
             order, seconds = [], []
             for name in turns(list(rounds), number):
                 if name not in self.children:
@@ -148,7 +151,7 @@ class _Group:
                     self._fail(name, error)
                     continue
                 order.append(name)
-            for place, name in enumerate(order):
+            for place, name in enumerate(order if number >= 0 else ()):
                 if name == "floor":
                     floor_steps.append(seconds[place])
                 elif name in rounds:

@@ -64,7 +64,7 @@ def _measured(results: Record) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in packages if machine.get(name))
     memory = words.size(machine.get("memory_bytes"))
     rows = [
-        ("command", f"`{results.get('command', words.DASH)}`"),
+        ("command", "<br>".join(f"`{line}`" for line in results.get("command", words.DASH).splitlines())),
         ("started", results.get("started", words.DASH)),
         ("processor", f"{machine.get('cpu', words.DASH)}{features}, {cores}, {memory} of memory"),
         ("GPU", machine.get("gpu") or "none"),
