@@ -114,16 +114,7 @@ class _Group:
         self.how.say(f"{self.series.suite}: {case.name}: building")
         self.cases[case.name] = case
         child = stack.enter_context(Child(self.how.threads))
-        built = child.ask(
-            "build",
-            arm=case.arm,
-            model=self.series.model,
-            dtype=self.series.dtype,
-            tokens=self.series.tokens,
-            device=self.how.device,
-            threads=self.how.threads,
-            **case.options,
-        )
+        built = build(child, self.series, case, self.how)
         for number in range(self.how.warmups):
             self.how.say(f"{self.series.suite}: {case.name}: warm-up {number + 1} of {self.how.warmups}")
             child.ask("step")
@@ -194,6 +185,20 @@ class _Group:
         record |= {"error": str(error), "load": [self.load_before, machine.load()]}
         self.results.add(record)
         self.how.tell(f"{self.series.suite}: {name}: cannot run: {error}")
+
+
+def build(child: Child, series: Series, case: Case, how: How) -> dict[str, Any]:
+    """Have the process make the arm of a case. Returns what a record says of it."""
+    return child.ask(
+        "build",
+        arm=case.arm,
+        model=series.model,
+        dtype=series.dtype,
+        tokens=series.tokens,
+        device=how.device,
+        threads=how.threads,
+        **case.options,
+    )
 
 
 def median_ratio(rounds: Sequence[dict[str, Any]]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from smtune.bench import machine
 from smtune.bench.process import Child, ChildError
 from smtune.bench.results import Results
-from smtune.bench.run import How, run_series
+from smtune.bench.run import How, build, run_series
 from smtune.bench.suites import Case, Series
 
 ITERATIONS = 10
@@ -24,7 +24,7 @@ def run_table1(series: Series, results: Results, how: How) -> None:
         try:
             with Child(how.threads) as child:
                 how.say(f"{series.suite}: {case.name}: building")
-                built = child.ask("build", **_build(series, case, how))
+                built = build(child, series, case, how)
                 for number in range(how.warmups):
                     how.say(f"{series.suite}: {case.name}: warm-up {number + 1} of {how.warmups}")
                     child.ask("step")
@@ -135,18 +135,6 @@ def run_cost_aware(dtype: str, results: Results, how: How) -> None:
     run_series(
         Series(series.kind, series.suite, COST_MODEL, dtype, COST_TOKENS, tuple(cases), block_ops=True), results, how
     )
-
-
-def _build(series: Series, case: Case, how: How) -> dict[str, Any]:
-    return {
-        "arm": case.arm,
-        "model": series.model,
-        "dtype": series.dtype,
-        "tokens": series.tokens,
-        "device": how.device,
-        "threads": how.threads,
-        **case.options,
-    }
 
 
 def _keep(record: dict[str, Any], results: Results, how: How) -> None:
