@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTISED := $(VENV)/.quantised
 
-.PHONY: demo test check bench bench-gpu env clean
+.PHONY: demo test nightly support check bench bench-gpu env clean
 
 demo: $(INSTALLED)
 	$(BIN)/smtune demo
@@ -15,6 +15,14 @@ demo: $(INSTALLED)
 # A file stays on one worker, so that each loads the real model at most once.
 test: $(QUANTISED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# What is too slow for every change.
+nightly: $(QUANTISED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m nightly
+
+# Runs every test that backs a cell of docs/support.md, and writes the page.
+support: $(QUANTISED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m support --support
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

