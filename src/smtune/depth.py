@@ -14,11 +14,12 @@ most one MLP; every expert of a mixture counts as if all tokens went through it.
 Autograd ends there by itself, unless something makes the embeddings' output require a gradient, as transformers does
 for activation checkpointing. `backward_end` undoes that for the layers below the lowest trained one.
 
-Imports torch alone.
+Imports torch and `smtune.weights` alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -26,9 +27,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from smtune.weights import shape_OI
+
 SHARED_INPUTS: tuple[frozenset[str], ...] = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"q_lin", "k_lin", "v_lin"}),
+    frozenset({"q", "k", "v"}),
     frozenset({"gate_proj", "up_proj"}),
+    frozenset({"wi_0", "wi_1"}),
 )
 """Last names of modules that, under one parent, read the same input."""
 
@@ -43,7 +50,7 @@ def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]
     """What the backward costs if a target is the lowest that is trained.
 
     Args:
-        model: its linear layers are counted by `in_features` and `out_features`, quantised ones and the head too.
+        model: its linear layers are counted by the shapes of their weights, quantised ones and the head too.
         targets: names of linear layers of the model.
     Returns:
         The cost by name, a fraction of the chain down to the lowest target, which costs 1.
@@ -51,12 +58,12 @@ def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]
     sizes: dict[tuple[str, frozenset[str]], int] = {}
     adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
-        if name.startswith(adapted) or not (isinstance(out_features, int) and isinstance(in_features, int)):
+        shape = shape_OI(module)
+        if name.startswith(adapted) or shape is None:
             continue
         if hasattr(module, "base_layer"):  # it stands for the layer that is inside it
             adapted = (*adapted, f"{name}.")
-        sizes[_place(name)] = sizes.get(_place(name), 0) + out_features * in_features
+        sizes[_place(name)] = sizes.get(_place(name), 0) + math.prod(shape)
     above: dict[tuple[str, frozenset[str]], int] = {}
     rest = sum(sizes.values())
     for place, size in sizes.items():

@@ -7,7 +7,8 @@ is one contiguous copy of the columns of x that some block reads, and a referenc
 `additive_block_linear` (additive): blocks act beside an untouched weight, `y += x Dᵀ`, for bases whose weight cannot
 be written, such as quantised ones.
 
-Both take any leading dims and run under autocast. Imports torch, `smtune.blocks` and `smtune.kernels` alone.
+Both take any leading dims and run under autocast. Imports torch, `smtune.blocks`, `smtune.kernels` and
+`smtune.weights` alone.
 Shapes: N tokens (all leading dims), I in, O out, m blocks, l block size, U·l used columns.
 """
 
@@ -22,13 +23,20 @@ from torch.autograd.function import once_differentiable
 
 from smtune.blocks import BlockIndex, tile
 from smtune.kernels import block_grad, block_grad_compact, block_product_, flatten
+from smtune.weights import view_OI
 
 TakeColumns = Callable[[Tensor, BlockIndex], Tensor]
 """As `used_columns`."""
 
 
 def block_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, index: BlockIndex, take: TakeColumns | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    index: BlockIndex,
+    take: TakeColumns | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """`x Wᵀ + b`, differentiable in x, b and the selected blocks of W only.
 
@@ -40,6 +48,7 @@ def block_linear(
             may hold the blocks themselves or, as the tuner does, their distance from the base.
         index: the places of the blocks in W.
         take: gives the kept columns of x where several layers share them. Default: `used_columns`.
+        transposed: the weight is stored as (I, O), as in GPT-2's `Conv1D`; `index` is that of (O, I) all the same.
     Returns:
         (..., O) in x's dtype (autocast's under autocast).
     Cost: 2·N·O·I FLOP forward; the same for dX, plus 2·N·m·l², backward.
@@ -48,8 +57,8 @@ def block_linear(
     """
     x = _autocast(x)
     if not (torch.is_grad_enabled() and blocks.requires_grad):
-        return F.linear(x, weight, bias)
-    return _BlockLinear.apply(x, weight, bias, blocks, (take or used_columns)(x, index), index)
+        return F.linear(x, view_OI(weight, transposed), bias)
+    return _BlockLinear.apply(x, weight, bias, blocks, (take or used_columns)(x, index), index, transposed)
 
 
 def used_columns(x: Tensor, index: BlockIndex) -> Tensor:
@@ -62,11 +71,13 @@ def used_columns(x: Tensor, index: BlockIndex) -> Tensor:
 
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, blocks, x_used, index):
+    def forward(ctx, x, weight, bias, blocks, x_used, index, transposed):
+        # The parameter itself, not a view of it: what shards it (ZeRO-3) finds it and may free it until the backward.
         ctx.save_for_backward(weight, x_used)
         ctx.index = index
+        ctx.transposed = transposed
         ctx.blocks_dtype = blocks.dtype
-        return F.linear(x, weight, bias)
+        return F.linear(x, view_OI(weight, transposed), bias)
 
     @staticmethod
     @once_differentiable
@@ -75,12 +86,12 @@ class _BlockLinear(torch.autograd.Function):
         weight, x_used = ctx.saved_tensors
         grad_x = grad_bias = grad_blocks = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ weight.to(grad_y.dtype)
+            grad_x = grad_y @ view_OI(weight, ctx.transposed).to(grad_y.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = flatten(grad_y).sum(0)
         if ctx.needs_input_grad[3]:
             grad_blocks = block_grad_compact(grad_y, x_used, ctx.index).to(ctx.blocks_dtype)
-        return grad_x, None, grad_bias, grad_blocks, None, None
+        return grad_x, None, grad_bias, grad_blocks, None, None, None
 
 
 def additive_block_linear(

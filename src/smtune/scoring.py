@@ -50,12 +50,15 @@ ACCUMULATOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Target:
     """A linear layer whose blocks are scored.
 
-    `weight` gives its (O, I) values as a dense tensor; called only by criteria that read weights.
+    Attributes:
+        weight: gives its (O, I) values as a dense tensor; called only by criteria that read weights.
+        kinds: what each row of blocks computes; see `smtune.selection.ModulePlan`.
     """
 
     module: nn.Module
     grid: BlockGrid
     weight: Callable[[], Tensor]
+    kinds: tuple[str, ...] = ()
 
 
 class Scores(dict[str, Tensor]):
@@ -67,6 +70,7 @@ class Scores(dict[str, Tensor]):
         batches_seen: batches scored, over all ranks.
         model_name: where the model came from, or "".
         backward_costs: what a plan costs whose lowest module it is, by module name; None where not counted.
+        kinds: what each row of a module's blocks computes; see `smtune.selection.ModulePlan`.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Scores(dict[str, Tensor]):
         batches_seen: int = 0,
         model_name: str = "",
         backward_costs: Mapping[str, float] | None = None,
+        kinds: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         super().__init__(scores)
         self.block_size = block_size
@@ -85,6 +90,7 @@ class Scores(dict[str, Tensor]):
         self.batches_seen = batches_seen
         self.model_name = model_name
         self.backward_costs = backward_costs
+        self.kinds = dict(kinds or {})
 
 
 @dataclass

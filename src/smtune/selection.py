@@ -6,12 +6,15 @@ The choice is deterministic: by score, ties by module order, then row, then colu
 - `per_module`: the same number from every matrix.
 - `shares`: the budget split by given shares between groups of matrices (the paper's Table 4), then `global` in each.
 
+A matrix may hold several projections, as GPT-2's `c_attn` does q, k and v. Its blocks stay blocks of the one matrix;
+their *kind* says which projection their rows belong to, and shares and reports go by it.
+
 Beside the parameters a plan may be held to a time: `max_backward_cost`, a fraction of the whole dX chain (see
 `smtune.depth`). A plan costs what its lowest selected matrix does, so it keeps within the limit if and only if every
 matrix it selects from would alone. The policy therefore chooses among those matrices only, and for `global` the result
 has the highest score of all plans within both budgets.
 
-A plan is JSON and self-contained. Imports torch and the modules below alone.
+A plan is JSON and self-contained. Imports torch and the modules below alone. Shapes: R×C grid of blocks.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +35,27 @@ from torch import Tensor, nn
 from smtune.blocks import BlockGrid, BlockIndex
 from smtune.errors import InputError, did_you_mean
 from smtune.files import write_text
+from smtune.weights import shape_OI
 
 POLICIES = ("global", "per_module", "shares")
 FORMAT_VERSION = 1
 _SINCE_COSTS = ("max_backward_cost", "backward_cost", "score_kept")  # a plan made before they were has none of them
 
+MIXED = "mixed"
+"""The kind of a block whose rows serve more than one of q, k and v."""
+
 PROJECTION_GROUPS: dict[str, frozenset[str]] = {
-    "attention": frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"}),
-    "mlp": frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"}),
+    "attention": frozenset(
+        {"q", "k", "v", MIXED}
+        | {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "o"}
+        | {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+    ),
+    "mlp": frozenset(
+        {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc"}
+        | {"dense_h_to_4h", "dense_4h_to_h", "wi", "wi_0", "wi_1", "wo"}
+    ),
 }
-"""The groups that `shares` may name, beside any projection's own name."""
+"""The groups that `shares` may name, beside a kind or a projection's own name."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class ModulePlan:
         shape: (O, I) of the weight.
         rows, cols: block k is (rows[k], cols[k]); both empty where the matrix stays frozen.
         score_mean, score_max: over all blocks of the matrix; None where nothing was scored.
+        kinds: what each row of blocks computes, (R,) of "q", "k", "v" and "mixed"; empty where that is not known.
     """
 
     shape: tuple[int, int]
@@ -58,6 +74,7 @@ class ModulePlan:
     cols: tuple[int, ...]
     score_mean: float | None = None
     score_max: float | None = None
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,14 @@ class Plan:
         """Parameters trained over all parameters."""
         return self.n_params / self.total_params
 
+    def by_kind(self, name: str) -> dict[str, tuple[int, int]]:
+        """(selected, all) blocks of a matrix by kind, in order of rows; by its last name where kinds are not known."""
+        module = self.modules[name]
+        n_rows, n_cols = module.shape[0] // self.block_size, module.shape[1] // self.block_size
+        kinds = module.kinds or (name.rpartition(".")[2],) * n_rows
+        selected = [kinds[row] for row in module.rows]
+        return {kind: (selected.count(kind), kinds.count(kind) * n_cols) for kind in dict.fromkeys(kinds)}
+
     def index(self, name: str) -> BlockIndex:
         """The selected blocks of a module as an index. Raises KeyError for a module that is not in the plan."""
         return self._index(self.modules[name])
@@ -121,16 +146,25 @@ class Plan:
     def _index(self, module: ModulePlan) -> BlockIndex:
         if len(module.rows) != len(module.cols):
             raise InputError(f"Expected a row and a column for each block. Got {module.rows} and {module.cols}.")
-        return BlockIndex.from_pairs(BlockGrid(*module.shape, self.block_size), list(zip(module.rows, module.cols)))
+        grid = BlockGrid(*module.shape, self.block_size)
+        if module.kinds and len(module.kinds) != grid.shape[0]:
+            raise InputError(f"Expected a kind for each of {grid.shape[0]} rows of blocks. Got {len(module.kinds)}.")
+        return BlockIndex.from_pairs(grid, list(zip(module.rows, module.cols)))
 
     def shuffled(self, seed: int) -> Plan:
-        """A control: the same number of blocks in every matrix, at uniformly random places."""
+        """A control: the same number of blocks in every matrix, of every kind, at uniformly random places."""
         generator = torch.Generator().manual_seed(seed)
         modules = {}
         for name, module in self.modules.items():
             grid = BlockGrid(*module.shape, self.block_size)
-            places = torch.randperm(grid.n_blocks, generator=generator)[: len(module.rows)].sort().values.tolist()
-            rows, cols = _split(places, grid)
+            kinds = module.kinds or ("",) * grid.shape[0]
+            selected = [kinds[row] for row in module.rows]
+            places = []
+            for kind in dict.fromkeys(kinds):
+                of_kind = torch.arange(grid.n_blocks).view(grid.shape)[_rows_of({kind}, kinds)].flatten()
+                shuffled = of_kind[torch.randperm(len(of_kind), generator=generator)]
+                places += shuffled[: selected.count(kind)].tolist()
+            rows, cols = _split(sorted(places), grid)
             modules[name] = dataclasses.replace(module, rows=rows, cols=cols)
         criterion = f"{self.criterion}, shuffled"
         return dataclasses.replace(self, modules=modules, criterion=criterion, seed=seed, score_kept=None)
@@ -144,7 +178,7 @@ class Plan:
             if layer is None:
                 faults.append(f"{name}: not in the model.{did_you_mean(name, present)}")
                 continue
-            shape = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+            shape = shape_OI(layer)
             if shape != tuple(module.shape):
                 faults.append(f"{name}: expected a weight of shape {tuple(module.shape)}, got {shape}.")
         if faults:
@@ -153,7 +187,7 @@ class Plan:
             raise InputError(f"The plan does not fit this model.{made_for} Make a plan for it.\n  {shown}")
 
     def to_dict(self) -> dict:
-        """Plain JSON values. Blocks are written as "row,col row,col …"."""
+        """Plain JSON values. Blocks are written as "row,col row,col …", kinds as "q:16 k:4 v:4", rows of each."""
         return {
             "format": FORMAT_VERSION,
             "model_name": self.model_name,
@@ -175,6 +209,7 @@ class Plan:
                     "blocks": " ".join(f"{row},{col}" for row, col in zip(module.rows, module.cols)),
                     "score_mean": module.score_mean,
                     "score_max": module.score_max,
+                    "kinds": " ".join(f"{kind}:{len(list(run))}" for kind, run in groupby(module.kinds)),
                 }
                 for name, module in self.modules.items()
             ],
@@ -199,6 +234,7 @@ class Plan:
                     cols=tuple(col for _, col in pairs),
                     score_mean=module["score_mean"],
                     score_max=module["score_max"],
+                    kinds=tuple(_spelled_out(module.get("kinds", ""))),  # a plan made before they were has none
                 )
             fields = {field.name for field in dataclasses.fields(cls)} - {"modules"}
             known: dict[str, Any] = dict.fromkeys(_SINCE_COSTS) | dict(values)
@@ -285,6 +321,7 @@ def select(
     total_params: int,
     policy: str = "global",
     shares: Mapping[str, float] | None = None,
+    kinds: Mapping[str, Sequence[str]] | None = None,
     backward_costs: Mapping[str, float] | None = None,
     max_backward_cost: float | None = None,
 ) -> dict[str, BlockIndex]:
@@ -295,7 +332,8 @@ def select(
         block_size: l.
         budget: a fraction of `total_params`, or a number of blocks.
         total_params: parameters of the model.
-        policy, shares: see the module's docstring. Shares by group (`attention`, `mlp`) or projection name.
+        policy, shares: see the module's docstring. Shares by group (`attention`, `mlp`), kind or projection name.
+        kinds: by module name, what each row of blocks computes, (R,); see `ModulePlan`. Only shares ask for them.
         backward_costs: by module name, the cost of a plan whose lowest module it is, as `smtune.depth` counts it.
         max_backward_cost: the cost of the plan, at most; None for no limit. With one, the modules that cost more
             are left whole and the policy chooses among the others.
@@ -324,32 +362,38 @@ def select(
         )
     names = _within(max_backward_cost, scores, backward_costs)
     if policy == "global":
-        chosen = _best(scores, names, count)
+        chosen = _best({name: scores[name] for name in names}, count)
     elif policy == "per_module":
         each = count // len(names)
         if each < 1:
             raise InputError(
                 f"Expected a budget of at least one block per matrix, {len(names)} in all. Got {count} blocks."
             )
-        chosen = {name: _best(scores, [name], each)[name] for name in names}
+        chosen = {name: _best({name: scores[name]}, each)[name] for name in names}
     else:
         chosen = {name: [] for name in names}
-        grouped: set[str] = set()
+        grouped: set[tuple[str, int]] = set()
         for group, share in (shares or {}).items():
-            targeted = [name for name in scores if _belongs(name, group)]
-            members = [name for name in names if _belongs(name, group)]
+            rows = {name: _rows_in(group, name, len(score), (kinds or {}).get(name)) for name, score in scores.items()}
+            targeted = [name for name in scores if rows[name]]
+            members = [name for name in names if rows[name]]
             if targeted and not members:
                 raise _too_strict(max_backward_cost, targeted, backward_costs, f"of {group}")
             if not members:
-                projections = sorted({name.rpartition(".")[2] for name in scores})
+                known = sorted({name.rpartition(".")[2] for name in scores}.union(*(kinds or {}).values()))
                 raise InputError(
                     f"Expected shares of groups that are targeted. Got {group!r}, which none of "
-                    f"{', '.join(projections)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *projections])
+                    f"{', '.join(known)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *known])
                 )
-            if grouped.intersection(members):
+            places = {(name, row) for name in members for row in rows[name]}
+            if grouped & places:
                 raise InputError(f"Expected groups that do not overlap. Got {', '.join(shares or {})}.")
-            grouped.update(members)
-            chosen.update(_best(scores, members, math.floor(share * count + 1e-9)))
+            grouped |= places
+            best = _best({name: scores[name][rows[name]] for name in members}, math.floor(share * count + 1e-9))
+            for name, found in best.items():
+                n_cols = scores[name].shape[1]
+                places_of_all = [rows[name][place // n_cols] * n_cols + place % n_cols for place in found]
+                chosen[name] = sorted([*chosen[name], *places_of_all])
         if not any(chosen.values()):
             raise InputError(
                 f"Expected shares that buy at least one block. Got {dict(shares or {})} of {count} blocks."
@@ -379,21 +423,35 @@ def _too_strict(limit: float | None, names: Sequence[str], costs: Mapping[str, f
     )
 
 
-def _best(scores: Mapping[str, Tensor], names: Sequence[str], count: int) -> dict[str, list[int]]:
-    """The flat places of the `count` best blocks of the named modules; ties go to the earlier module and place."""
-    flat = torch.cat([scores[name].flatten() for name in names])
+def _best(scores: Mapping[str, Tensor], count: int) -> dict[str, list[int]]:
+    """The flat places of the `count` best blocks; ties go to the earlier module and place."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
     order = torch.sort(flat, descending=True, stable=True).indices[:count].sort().values
     chosen, start = {}, 0
-    for name in names:
-        end = start + scores[name].numel()
+    for name, score in scores.items():
+        end = start + score.numel()
         chosen[name] = (order[(order >= start) & (order < end)] - start).tolist()
         start = end
     return chosen
 
 
-def _belongs(name: str, group: str) -> bool:
-    projection = name.rpartition(".")[2]
-    return projection in PROJECTION_GROUPS.get(group, {group})
+def _rows_in(group: str, name: str, n_rows: int, kinds: Sequence[str] | None) -> list[int]:
+    """The rows of blocks of a module that belong to a group: all by its own last name, or each by its kind."""
+    members = PROJECTION_GROUPS.get(group, {group})
+    if name.rpartition(".")[2] in members:
+        return list(range(n_rows))
+    return _rows_of(members, kinds or ())
+
+
+def _rows_of(wanted: Iterable[str], kinds: Sequence[str]) -> list[int]:
+    return [row for row, kind in enumerate(kinds) if kind in wanted]
+
+
+def _spelled_out(runs: str) -> Iterator[str]:
+    """The kinds of "q:2 k:1", row by row."""
+    for run in runs.split():
+        kind, _, length = run.rpartition(":")
+        yield from [kind] * int(length)
 
 
 def _to_index(score: Tensor, places: list[int], block_size: int) -> BlockIndex:

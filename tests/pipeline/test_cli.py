@@ -80,7 +80,7 @@ def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
         assert (tmp_path / "run/evaluation/generate-float32/items.jsonl").read_text().splitlines() == kept
 
     out, err = run(capsys, "inspect", "run")
-    assert "q_proj" in out
+    assert {"│ q ", "│ k ", "│ v "} <= {line[:4] for line in out.splitlines()}
     for name in ("blocks", "shares", "loss"):
         assert (tmp_path / f"run/figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     run(capsys, "inspect", "run/plan.json", "--output", "from-plan")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from smtune.depth import backward_costs, backward_end, siblings
 
@@ -15,9 +15,22 @@ LAYER = Q + 2 * KV + OUT + 3 * GATE
 
 
 def test_siblings_read_one_input():
-    assert siblings("model.layers.0.self_attn.k_proj") == {"q_proj", "k_proj", "v_proj"}
+    assert siblings("model.layers.0.self_attn.k_proj") >= {"q_proj", "k_proj", "v_proj"}
+    assert siblings("model.layers.0.self_attn.q_a_proj") == siblings("model.layers.0.self_attn.kv_a_proj_with_mqa")
+    assert siblings("model.layers.0.self_attn.kv_b_proj") == {"kv_b_proj"}
+    assert siblings("encoder.layer.0.attention.self.value") == {"query", "key", "value"}
     assert siblings("model.layers.0.mlp.up_proj") == {"gate_proj", "up_proj"}
     assert siblings("lm_head") == {"lm_head"}
+
+
+def test_costs_of_transposed_layers_by_hand():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=48, vocab_size=64, n_positions=16)
+    model = GPT2LMHeadModel(config)
+    out, mlp, head = 32 * 32, 32 * 48, 64 * 32
+    layer = 96 * 32 + out + 2 * mlp
+    costs = backward_costs(model, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"])
+    above = [out + 2 * mlp + layer + head, out + 2 * mlp + head]
+    assert [*costs.values()] == [1, above[1] / above[0]]
 
 
 def test_costs_of_a_llama_by_hand(tiny_llama):

@@ -114,6 +114,19 @@ def test_matrices_outside_the_layers_and_doubles(tmp_path):
     assert shares["q_proj", layout.NO_LAYER] is None
 
 
+def test_a_fused_matrix_is_shown_as_its_projections(tmp_path):
+    fused = ModulePlan((64, 64), (0, 1, 1, 3), (1, 0, 1, 0), kinds=("q", "q", "mixed", "v"))
+    plan = Plan({"h.0.c_attn": fused, "h.1.c_attn": fused}, 16, "weight", "global", 8, 100_000)
+    figure = block_map(plan, tmp_path / "map.png")
+    shares, texts = drawn(figure)
+    assert texts == {(kind, layer): count for layer in "01" for kind, count in {"q": 3, "v": 1}.items()}
+    assert [shares[kind, "1"] for kind in ("q", "mixed", "v")] == [3 / 8, 0, 1 / 4]
+    axes = projection_shares(plan, tmp_path / "shares.png").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "mixed", "v"]
+    assert [bar.get_width() for bar in axes.patches] == [6 / 8, 0, 2 / 8]
+    assert [row.frozen for row in layout.projections(plan)] == [0, 2, 0]
+
+
 def test_projection_shares(tmp_path):
     plan = make_plan(grid(4, lambda layer, projection: {"q_proj": 1, "k_proj": 0, "v_proj": 3}[projection]))
     axes = projection_shares(plan, tmp_path / "shares.png").axes[0]

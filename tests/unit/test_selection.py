@@ -99,6 +99,39 @@ def test_shares_split_the_budget_between_groups():
     assert len(only_v["m.v_proj"]) == 8
 
 
+FUSED = ("q", "q", "k", "v")
+
+
+def test_shares_of_kinds_take_rows_of_a_fused_matrix():
+    given_scores = {name: torch.rand(4, 4) for name in ("0.query_key_value", "1.query_key_value", "0.fc1")}
+    kinds = {name: FUSED for name in given_scores if "query" in name}
+    arguments = {"block_size": 2, "total_params": TOTAL, "policy": "shares", "kinds": kinds}
+    shares = {"q": 0.5, "k": 0.1, "mlp": 0.4}
+    chosen = select(given_scores, budget=20, shares=shares, **arguments)
+    rows = [row for name in kinds for row in chosen[name].rows.tolist()]
+    assert (sum(row < 2 for row in rows), rows.count(2), rows.count(3)) == (10, 2, 0)
+    assert len(chosen["0.fc1"]) == 8
+    for name in kinds:  # the best of each kind, in order of row, then column
+        assert list(chosen[name].pairs) == sorted(chosen[name].pairs)
+    of_k = {(name, col): given_scores[name][2, col].item() for name in kinds for col in range(4)}
+    taken = {(name, col) for name in kinds for row, col in chosen[name].pairs if row == 2}
+    assert taken == set(sorted(of_k, key=of_k.get)[-2:])
+    whole = select(given_scores, budget=40, shares={"attention": 1.0}, **arguments)
+    assert sum(map(len, whole.values())) == 32
+    with pytest.raises(InputError, match="do not overlap"):
+        select(given_scores, budget=20, shares={"attention": 0.5, "v": 0.5}, **arguments)
+    with pytest.raises(InputError, match="none of fc1, k, q, query_key_value, v belongs to"):
+        select(given_scores, budget=20, shares={"o": 1.0}, **arguments)
+
+
+def test_other_policies_do_not_ask_for_kinds():
+    given_scores = {"0.query_key_value": torch.rand(4, 4), "0.fc1": torch.rand(4, 4)}
+    for policy in ("global", "per_module"):
+        arguments = {"block_size": 2, "budget": 10, "total_params": TOTAL, "policy": policy}
+        with_kinds = select(given_scores, kinds={"0.query_key_value": FUSED}, **arguments)
+        assert pairs(with_kinds) == pairs(select(given_scores, **arguments))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -326,6 +359,35 @@ def test_shuffled_keeps_the_count_of_every_matrix():
     }
     assert len({plan().shuffled(seed).modules["layers.0.q_proj"].rows for seed in range(20)}) > 1
     assert "shuffled" in shuffled.criterion
+
+
+def fused_plan(**changes) -> Plan:
+    fused = ModulePlan((16, 8), (0, 1, 1, 3), (1, 0, 1, 0), kinds=FUSED)
+    return plan(modules={"layers.0.c_attn": fused, "layers.0.fc1": ModulePlan((4, 8), (0,), (1,))}, **changes)
+
+
+def test_kinds_are_counted_and_kept(tmp_path):
+    original = fused_plan()
+    assert original.by_kind("layers.0.c_attn") == {"q": (3, 4), "k": (0, 2), "v": (1, 2)}
+    assert original.by_kind("layers.0.fc1") == {"fc1": (1, 2)}
+    original.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == original
+    values = original.to_dict()
+    assert [module["kinds"] for module in values["modules"]] == ["q:2 k:1 v:1", ""]
+    for module in values["modules"]:
+        del module["kinds"]  # as in a plan made before there were kinds
+    assert Plan.from_dict(values).by_kind("layers.0.c_attn") == {"c_attn": (4, 8)}
+
+
+def test_shuffled_keeps_the_count_of_every_kind():
+    plans = [fused_plan().shuffled(seed) for seed in range(20)]
+    assert all(shuffled.by_kind(name) == fused_plan().by_kind(name) for shuffled in plans for name in shuffled.modules)
+    assert len({(p.modules["layers.0.c_attn"].rows, p.modules["layers.0.c_attn"].cols) for p in plans}) > 3
+
+
+def test_kinds_that_are_not_one_for_each_row_are_refused():
+    with pytest.raises(InputError, match=r"layers\.0\.c_attn: Expected a kind for each of 4 rows of blocks\. Got 3"):
+        plan(modules={"layers.0.c_attn": ModulePlan((16, 8), (), (), kinds=("q", "k", "v"))})
 
 
 def test_check_accepts_its_own_model_and_names_every_fault_of_another():

@@ -1,5 +1,8 @@
 """A plan seen as the paper's Figure 4 sees it: a grid of layers and projections, and its sums by projection.
 
+A projection is a kind (q, k, v; see `smtune.selection`), so that a fused matrix is drawn as the projections it holds.
+Where kinds are not known it is the last component of a module's path.
+
 Imports `smtune.selection` alone.
 """
 
@@ -16,7 +19,7 @@ NO_LAYER = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """The matrices of one projection in one layer; nearly always a single one.
+    """The matrices of one projection in one layer, or its part of a fused one; nearly always a single one.
 
     Attributes:
         trained: blocks selected.
@@ -32,7 +35,7 @@ class Projection:
     """Sums over all matrices of one projection.
 
     Attributes:
-        trained, frozen: matrices with and without a selected block.
+        trained, frozen: matrices, or parts of fused ones, with and without a selected block.
         blocks: blocks selected.
         params: parameters trained.
         share: `params` over all parameters trained; 0 where nothing is.
@@ -49,16 +52,15 @@ class Projection:
 def cells(plan: Plan) -> dict[tuple[str, str], Cell]:
     """Cells by (projection, layer), in model order.
 
-    The projection is the last component of a module's path, the layer its first number, or `NO_LAYER`.
+    The layer is the first number of a module's path, or `NO_LAYER`.
     Matrices that agree in both, such as self- and cross-attention of a decoder layer, add up.
     """
     found: dict[tuple[str, str], Cell] = {}
-    for path, module in plan.modules.items():
-        *_, projection = components = path.split(".")
-        layer = next((part for part in components if part.isdecimal()), NO_LAYER)
-        before = found.get((projection, layer), Cell())
-        n_blocks = (module.shape[0] // plan.block_size) * (module.shape[1] // plan.block_size)
-        found[projection, layer] = Cell(before.trained + len(module.rows), before.blocks + n_blocks)
+    for path in plan.modules:
+        layer = next((part for part in path.split(".") if part.isdecimal()), NO_LAYER)
+        for projection, (selected, n_blocks) in plan.by_kind(path).items():
+            before = found.get((projection, layer), Cell())
+            found[projection, layer] = Cell(before.trained + selected, before.blocks + n_blocks)
     return found
 
 
@@ -70,10 +72,11 @@ def layers(cells: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def projections(plan: Plan) -> list[Projection]:
-    """One `Projection` per kind, in model order."""
+    """Every `Projection`, in model order."""
     counts: dict[str, list[int]] = {}
-    for path, module in plan.modules.items():
-        counts.setdefault(path.rpartition(".")[2], []).append(len(module.rows))
+    for path in plan.modules:
+        for projection, (selected, _) in plan.by_kind(path).items():
+            counts.setdefault(projection, []).append(selected)
     return [
         Projection(
             name=name,

@@ -13,6 +13,8 @@ switching, unmerging, `state_dict`) copies it into W, nothing is ever subtracted
 one wrote, or the base.
 
 In *additive* mode W is left alone and the blocks' product is added to the layer's output.
+
+The weight of GPT-2's `Conv1D` is stored as (I, O). Blocks are cut from its (O, I) view, and writing there writes to it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from smtune.blocks import BlockColumns, BlockIndex, gather, scatter_
 from smtune.errors import InputError
 from smtune.linear import TakeColumns, additive_block_linear, block_linear
 from smtune.tuner.sharing import SharedInput
+from smtune.weights import is_transposed, shape_OI, view_OI
 
 
 class Blocks(nn.Module):
@@ -123,11 +127,11 @@ class SMTLinear(nn.Module, SMTLayer):
     """A linear layer with SMT adapters.
 
     Args:
-        base_layer: an `nn.Linear`, or a quantised layer with `in_features` and `out_features`.
+        base_layer: an `nn.Linear`, a transformers `Conv1D`, or a quantised layer with `in_features` and `out_features`.
         mode: "auto", "resident" or "additive"; see `SMTConfig`.
         name: the layer's name in the model, for messages.
     Raises:
-        InputError: resident mode for a weight that is not a dense floating tensor.
+        InputError: no linear layer, or resident mode for a weight that is not a dense floating tensor.
     """
 
     base_layer: Any
@@ -136,8 +140,11 @@ class SMTLinear(nn.Module, SMTLayer):
     def __init__(self, base_layer: Any, mode: str = "auto", name: str = "") -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features = base_layer.in_features
-        self.out_features = base_layer.out_features
+        shape = shape_OI(base_layer)
+        if shape is None:
+            raise InputError(f"Expected a linear layer at {name}. Got a {type(base_layer).__name__}: leave it out.")
+        self.out_features, self.in_features = shape
+        self._transposed = is_transposed(base_layer)
         self.smt_blocks = nn.ModuleDict()
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -148,7 +155,7 @@ class SMTLinear(nn.Module, SMTLayer):
         can_be_resident = self._is_dense and _is_plain(base_layer)
         if mode == "resident" and not can_be_resident:
             raise InputError(
-                f"Expected a plain nn.Linear with a dense floating weight for resident mode. Got "
+                f"Expected a plain nn.Linear or Conv1D with a dense floating weight for resident mode. Got "
                 f'{type(base_layer).__name__} at {name}: use mode="additive", or "auto".'
             )
         self.resident = can_be_resident if mode == "auto" else mode == "resident"
@@ -213,7 +220,7 @@ class SMTLinear(nn.Module, SMTLayer):
         if self._union is None or not self._is_dense or not _is_here(self.base_layer.weight):
             return
         with torch.inference_mode(False):  # kept for later uses, which may be in training
-            originals = gather(self.base_layer.weight.data, self._union)
+            originals = gather(self._weight_OI(), self._union)
             if known is not None and known_places is not None:
                 positions = {pair: k for k, pair in enumerate(known_places.pairs)}
                 for k, pair in enumerate(self._union.pairs):
@@ -251,13 +258,17 @@ class SMTLinear(nn.Module, SMTLayer):
 
     # Blocks in the weight ---------------------------------------------------------------------------------------
 
+    def _weight_OI(self) -> Tensor:
+        """The dense weight to read and write, outside autograd."""
+        return view_OI(self.base_layer.weight.data, self._transposed)
+
     def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
         """Write original + total over the adapters' blocks of W, after taking out whatever else stands there."""
         values = self._values(adapters, total)
         if self._standing is not adapters:
             self.restore()
             self._standing = adapters
-        scatter_(self.base_layer.weight.data, adapters.index, values)
+        scatter_(self._weight_OI(), adapters.index, values)
 
     def _values(self, adapters: _ActiveSet, total: Tensor) -> Tensor:
         """round(original + total) at the adapters' blocks, (U, l, l) in the weight's dtype."""
@@ -281,7 +292,7 @@ class SMTLinear(nn.Module, SMTLayer):
             return  # a sharded weight is gathered anew for its next use
         assert self._union is not None
         assert self.smt_originals is not None
-        scatter_(self.base_layer.weight.data, self._union, self.smt_originals)
+        scatter_(self._weight_OI(), self._union, self.smt_originals)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The base weight may be about to change: what stands in it goes first; the originals are taken anew after.
@@ -307,7 +318,8 @@ class SMTLinear(nn.Module, SMTLayer):
             self.restore()
             return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, index, take)
         self._stand(adapters, total)
-        return self._hooked(block_linear(x, weight, self.base_layer.bias, total, index, take), adapters, total)
+        y = block_linear(x, weight, self.base_layer.bias, total, index, take, self._transposed)
+        return self._hooked(y, adapters, total)
 
     def _saving(self, adapters: _ActiveSet, x: Tensor) -> tuple[BlockIndex, TakeColumns | None]:
         """The adapters' blocks with the columns of x that are saved for them, and how those are come by."""
@@ -372,7 +384,7 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"adapter seems to be broken, or {self.base_layer.weight.dtype} too narrow for it."
             )
         if self._is_dense:
-            scatter_(self.base_layer.weight.data, adapters.index, values)
+            scatter_(self._weight_OI(), adapters.index, values)
         else:
             self._merge_quantised(adapters, total)
         self.merged_adapters.extend(names)
@@ -406,10 +418,10 @@ class SMTLinear(nn.Module, SMTLayer):
         backend.set_base_weight(self, dense)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's change of the weight as a dense (O, I) tensor, in the deltas' dtype."""
+        """The adapter's change of the weight, dense, shaped as the weight is stored, in the deltas' dtype."""
         blocks = self._blocks(adapter)
         dense = blocks.weight.new_zeros(self.out_features, self.in_features)
-        return scatter_(dense, blocks.places, blocks.weight.detach())
+        return view_OI(scatter_(dense, blocks.places, blocks.weight.detach()), self._transposed)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -431,10 +443,10 @@ class SMTLinear(nn.Module, SMTLayer):
 
 
 def is_dense(layer: nn.Module) -> bool:
-    """Whether the layer's weight is an ordinary dense floating (O, I) tensor that can be written in place."""
+    """Whether the layer's weight is an ordinary dense floating matrix that can be written in place."""
     weight: Any = getattr(layer, "weight", None)
     return (
-        isinstance(layer, nn.Linear)
+        isinstance(layer, (nn.Linear, Conv1D))
         and layer._parameters.get("weight") is weight  # not the product of a parametrisation
         and type(weight) in (nn.Parameter, Tensor)
         and type(weight.data) is Tensor
@@ -444,9 +456,10 @@ def is_dense(layer: nn.Module) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is the product of `nn.Linear` and nothing else."""
+    """Whether calling the layer is the product of `nn.Linear` or `Conv1D` and nothing else."""
+    forward = type(layer).forward
     return (
-        type(layer).forward is nn.Linear.forward
+        (forward is nn.Linear.forward or forward is Conv1D.forward)
         and "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks

@@ -86,6 +86,7 @@ def score_blocks(
         )
     scores.model_name = model_name(model)
     scores.backward_costs = backward_costs(model, targets)
+    scores.kinds = {name: target.kinds for name, target in targets.items()}
     return scores
 
 
@@ -104,6 +105,7 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
     if isinstance(block_size, str):
         raise InputError('Expected a numeric block_size with scores of your own making. Got "auto".')
     costs = scores.backward_costs if isinstance(scores, Scores) else None
+    kinds = scores.kinds if isinstance(scores, Scores) else {}
     limit = config.max_backward_cost
     select_within = partial(
         select,
@@ -113,6 +115,7 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
         total_params=total_params,
         policy=config.policy,
         shares=config.shares,
+        kinds=kinds,
         backward_costs=costs,
     )
     chosen = select_within(max_backward_cost=limit)
@@ -127,6 +130,7 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
             cols=tuple(col for _, col in index.pairs),
             score_mean=scores[name].mean().item(),
             score_max=scores[name].max().item(),
+            kinds=kinds.get(name, ()),
         )
         for name, index in chosen.items()
     }

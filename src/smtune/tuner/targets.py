@@ -1,10 +1,14 @@
-"""Which layers of a model blocks are chosen from."""
+"""Which layers of a model blocks are chosen from, and which of q, k and v their rows compute.
+
+`ATTENTION` has an entry for every architecture that is tested (tests/architectures). To add one: its `model_type`, the
+last names of its attention's input projections, and for a fused one how q, k and v lie in its rows.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -14,41 +18,132 @@ from torch import Tensor, nn
 from smtune.blocks import BlockGrid, resolve_block_size
 from smtune.errors import InputError, did_you_mean
 from smtune.scoring import Target
+from smtune.selection import MIXED
 from smtune.tuner.layer import SMTLinear
+from smtune.weights import is_transposed, shape_OI, view_OI
 
 if TYPE_CHECKING:
     from smtune.tuner.config import SMTConfig
 
-_SPLIT_QKV = ["q_proj", "k_proj", "v_proj"]
+Runs = list[tuple[str, int]]
+"""(kind, rows) of a weight from its first row to its last."""
+Layout = str | Callable[[Any, int], Runs]
+"""The kind of all rows, or a function of the model's configuration and the number of rows, O."""
 
-DEFAULT_TARGETS: dict[str, list[str]] = dict.fromkeys(
-    [
-        "cohere",
-        "cohere2",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gptj",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "opt",
-        "phi",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    ],
-    _SPLIT_QKV,
+
+def _concatenated(heads: int, kv_heads: int, rows: int) -> Runs:
+    """All of q, then all of k, then all of v."""
+    size = rows // (heads + 2 * kv_heads)
+    return [("q", heads * size), ("k", kv_heads * size), ("v", kv_heads * size)]
+
+
+def _interleaved(heads: int, kv_heads: int, rows: int) -> Runs:
+    """For each head of k and v in turn: the heads of q that it serves, itself of k, itself of v."""
+    return _concatenated(heads // kv_heads, 1, rows // kv_heads) * kv_heads
+
+
+def _thirds(config: Any, rows: int) -> Runs:
+    return _concatenated(1, 1, rows)
+
+
+def _concatenated_groups(config: Any, rows: int) -> Runs:
+    return _concatenated(config.num_attention_heads, config.num_key_value_heads, rows)
+
+
+def _interleaved_heads(config: Any, rows: int) -> Runs:
+    return _interleaved(config.num_attention_heads, config.num_attention_heads, rows)
+
+
+def _gpt2(config: Any, rows: int) -> Runs:
+    """In cross-attention q has a projection of its own."""
+    if rows == 2 * config.hidden_size:
+        return [("k", config.hidden_size), ("v", config.hidden_size)]
+    return _thirds(config, rows)
+
+
+def _gpt_bigcode(config: Any, rows: int) -> Runs:
+    if config.multi_query:
+        return _concatenated(config.num_attention_heads, 1, rows)
+    return _interleaved_heads(config, rows)
+
+
+def _falcon(config: Any, rows: int) -> Runs:
+    heads = config.num_attention_heads
+    if config.new_decoder_architecture:
+        return _interleaved(heads, config.num_kv_heads, rows)
+    return _interleaved(heads, 1 if config.multi_query else heads, rows)
+
+
+def _codegen(config: Any, rows: int) -> Runs:
+    """Four parts, one for each TPU core of the original, of q, v, k."""
+    return [("q", rows // 12), ("v", rows // 12), ("k", rows // 12)] * 4
+
+
+def _dbrx(config: Any, rows: int) -> Runs:
+    return _concatenated(config.n_heads, config.attn_config.kv_n_heads, rows)
+
+
+def _mla_down(config: Any, rows: int) -> Runs:
+    """DeepSeek's kv_a_proj_with_mqa: the latent that k and v share, then the rotary part of k."""
+    return [(MIXED, config.kv_lora_rank), ("k", config.qk_rope_head_dim)]
+
+
+def _mla_up(config: Any, rows: int) -> Runs:
+    """DeepSeek's kv_b_proj: for each head its k without the rotary part, then its v."""
+    return [("k", config.qk_nope_head_dim), ("v", config.v_head_dim)] * config.num_attention_heads
+
+
+_SPLIT: dict[str, Layout] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+_BERT: dict[str, Layout] = {"query": "q", "key": "k", "value": "v"}
+_T5: dict[str, Layout] = {"q": "q", "k": "k", "v": "v"}
+_MLA: dict[str, Layout] = {
+    "q_proj": "q",
+    "q_a_proj": "q",
+    "q_b_proj": "q",
+    "kv_a_proj_with_mqa": _mla_down,
+    "kv_b_proj": _mla_up,
+}
+
+ATTENTION: dict[str, Mapping[str, Layout]] = {
+    **dict.fromkeys(
+        "apertus arcee bamba bart bitnet cohere cohere2 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon_h1 "
+        "flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt_neo gpt_oss gptj granite "
+        "granitemoe granitemoehybrid helium hunyuan_v1_dense hunyuan_v1_moe jais2 jamba lfm2 llama llama4_text "
+        "minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe opt phi phimoe qwen2 "
+        "qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 stablelm starcoder2 vaultgemma vit xglm".split(),
+        _SPLIT,
+    ),
+    "bert": _BERT,
+    "bloom": {"query_key_value": _interleaved_heads},
+    "codegen": {"qkv_proj": _codegen},
+    "dbrx": {"Wqkv": _dbrx},
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "distilbert": {"q_lin": "q", "k_lin": "k", "v_lin": "v"},
+    "electra": _BERT,
+    "falcon": {"query_key_value": _falcon},
+    "gpt2": {"c_attn": _gpt2, "q_attn": "q"},
+    "gpt_bigcode": {"c_attn": _gpt_bigcode},
+    "gpt_neox": {"query_key_value": _interleaved_heads},
+    "minicpm3": _MLA,
+    "modernbert": {"Wqkv": _thirds},
+    "mpt": {"Wqkv": _thirds},
+    "openai-gpt": {"c_attn": _thirds},
+    "persimmon": {"query_key_value": _interleaved_heads},
+    "phi3": {"qkv_proj": _concatenated_groups},
+    "roberta": _BERT,
+    "t5": _T5,
+}
+"""By `model.config.model_type`, the projections that read an attention's input: the default targets (paper §3.1)."""
+
+NO_ATTENTION: dict[str, str] = dict.fromkeys(
+    ["falcon_mamba", "mamba", "mamba2"],
+    "it has no attention: a state-space mixer reads the weights of some of its linear layers without calling them",
 )
-"""Default targets by `model.config.model_type`: the q, k and v projections (paper §3.1)."""
+"""Architectures without default targets, and why."""
+
+DEFAULT_TARGETS: dict[str, list[str]] = {model_type: list(names) for model_type, names in ATTENTION.items()}
+"""Default targets by `model_type`, as PEFT's tuners keep theirs."""
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
@@ -67,18 +162,45 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
             )
     shapes: dict[str, tuple[int, int]] = {}
     for name in names:
-        shape = (getattr(modules[name], "out_features", None), getattr(modules[name], "in_features", None))
-        if None in shape:
+        shape = shape_OI(modules[name])
+        if shape is None:
             raise InputError(
                 f"Expected target_modules to be linear layers. {name} is a {type(modules[name]).__name__}: "
                 "leave it out of target_modules."
             )
-        shapes[name] = shape  # type: ignore[assignment]
+        shapes[name] = shape
     block_size = resolve_block_size(config.block_size, shapes)
     return {
-        name: Target(modules[name], BlockGrid(*shapes[name], block_size), _dense_weight_of(modules[name]))
+        name: Target(
+            modules[name],
+            BlockGrid(*shapes[name], block_size),
+            _dense_weight_of(modules[name]),
+            row_kinds(getattr(model, "config", None), name, shapes[name][0], block_size),
+        )
         for name in names
     }
+
+
+def row_kinds(model_config: Any, name: str, out_features: int, block_size: int) -> tuple[str, ...]:
+    """What each row of blocks of an attention's projection computes.
+
+    Args:
+        model_config: of a transformers model; its `model_type` decides how a fused projection lies.
+        name: of the module; its last component counts. `q_proj`, `k_proj` and `v_proj` mean the same in every model.
+        out_features, block_size: O and l, of which l is a divisor.
+    Returns:
+        (R,) of "q", "k", "v", or "mixed" where the rows of a block serve several; empty where that is not known.
+    """
+    last = name.rpartition(".")[2]
+    layout = ATTENTION.get(getattr(model_config, "model_type", ""), _SPLIT).get(last)
+    if layout is None:
+        return ()
+    runs = [(layout, out_features)] if isinstance(layout, str) else layout(model_config, out_features)
+    kinds = [kind for kind, length in runs for _ in range(length)]
+    if len(kinds) != out_features:  # an unforeseen variant: better no label than a wrong one
+        return ()
+    blocks = (set(kinds[start : start + block_size]) for start in range(0, out_features, block_size))
+    return tuple(block.pop() if len(block) == 1 else MIXED for block in blocks)
 
 
 def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
@@ -87,7 +209,9 @@ def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
         if isinstance(module, SMTLinear):
             module.restore()
             base = module.base_layer
-        return base.weight.data if base.weight.is_floating_point() else dequantize_module_weight(base).detach()
+        if not base.weight.is_floating_point():
+            return dequantize_module_weight(base).detach()
+        return view_OI(base.weight.data, is_transposed(base))
 
     return weight
 
@@ -96,10 +220,16 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
     config = copy.copy(config)
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in NO_ATTENTION:
+            raise InputError(
+                f"Expected a model with attention. Got model type {model_type!r}: {NO_ATTENTION[model_type]}. Linear "
+                f"layers of this model, should you know what to pass as target_modules: {_linear_endings(model)}."
+            )
         if model_type not in DEFAULT_TARGETS:
             raise InputError(
-                f"Expected target_modules: there is no default for model type {model_type!r}. "
-                f"Linear layers of this model: {_linear_endings(model)}."
+                f"Expected target_modules: there is no default for model type {model_type!r}. Linear layers of this "
+                f"model: {_linear_endings(model)}. Pass the names of the projections that read an attention's input, "
+                f"such as target_modules={_likely_targets(model)}."
             )
         config.target_modules = set(DEFAULT_TARGETS[model_type])
     asked = config.target_modules
@@ -128,8 +258,15 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
 
 def _linear_endings(model: nn.Module) -> str:
     """The distinct last names of the model's linear layers, in model order."""
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed(module))
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+
+
+def _likely_targets(model: nn.Module) -> list[str]:
+    """Linear layers that are an attention's in some architecture we know; the first ones if there are none."""
+    known = {name for names in ATTENTION.values() for name in names}
+    endings = _linear_endings(model).split(", ")
+    return [name for name in endings if name in known] or endings[:3]
 
 
 def count_parameters(model: nn.Module) -> int:

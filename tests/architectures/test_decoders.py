@@ -1,0 +1,86 @@
+"""SMT on causal decoders of transformers, against the same model trained whole with masked gradients."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import peft
+import pytest
+from decoders import DECODERS, batches, build
+from dense_twin import check_targets, check_training, twin
+from transformers import AutoConfig
+
+import smtune
+from smtune.errors import InputError
+from smtune.tuner import SMTLinear
+from smtune.tuner.targets import ATTENTION
+
+OTHERS = {"bart", "bert", "distilbert", "electra", "modernbert", "roberta", "t5", "vit"}
+"""Architectures of test_others.py."""
+
+OWN_FORWARD = {"Falcon", "Falcon, multi-query", "Falcon, multi-head"}
+"""Their linear layers have a forward of their own, which resident mode would replace: blocks act beside the weight."""
+
+CASES = [
+    (architecture, mode)
+    for architecture in DECODERS
+    for mode in ("resident", "additive")
+    if mode == "additive" or architecture not in OWN_FORWARD
+]
+
+cached_twin = lru_cache(maxsize=1)(lambda name: twin(build(name), batches()))
+
+
+def test_every_default_has_a_case():
+    assert {model_type for model_type, _ in DECODERS.values()} | OTHERS == ATTENTION.keys()
+
+
+@pytest.mark.support(
+    "Architectures", row="{architecture}", column="{mode}", against="the dense model with masked gradients"
+)
+@pytest.mark.parametrize(("architecture", "mode"), CASES)
+def test_decoder(architecture, mode, tmp_path):
+    expected = cached_twin(architecture)
+    check_targets(expected.base, expected.plan)
+    check_training(expected, mode, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("architecture", "mode"), CASES)
+def test_deeper_decoder_under_checkpointing(architecture, use_reentrant, mode, tmp_path):
+    """Only the upper layers are trained, so the backward ends above the lower ones."""
+    base = build(architecture, layers=4)
+    if not base.supports_gradient_checkpointing:
+        pytest.skip("transformers has no checkpointing for it")
+
+    def checkpoint(model):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+
+    expected = twin(base, batches(), before_training=checkpoint, layers_to_transform=[2, 3])
+    check_training(expected, mode, tmp_path, before_training=checkpoint)
+
+
+@pytest.mark.parametrize("architecture", OWN_FORWARD)
+def test_layers_with_a_forward_of_their_own_are_additive(architecture):
+    expected = cached_twin(architecture)
+    config = expected.config.with_plan(expected.plan)
+    model = peft.get_peft_model(copy.deepcopy(expected.base), config)
+    assert not any(layer.resident for layer in model.modules() if isinstance(layer, SMTLinear))
+    config.mode = "resident"
+    with pytest.raises(InputError, match=r'Got FalconLinear at .*: use mode="additive", or "auto"'):
+        peft.get_peft_model(copy.deepcopy(expected.base), config)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba"])
+def test_models_without_attention_are_refused(model_type):
+    from transformers import AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, num_hidden_layers=1, vocab_size=48, state_size=8, head_dim=16, num_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=r"Expected a model with attention.*in_proj"):
+        smtune.make_plan(model, batches(), smtune.SMTConfig(block_size=8, budget=2))
