@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "support.json"
 PAGE = ROOT / "docs" / "support.md"
 
-TABLES = ("PEFT", "Trainers", "Engines", "Compile and checkpointing", "Quantised bases", "Architectures")
+TABLES = ("PEFT", "Trainers", "Engines", "Compile and checkpointing", "Quantised bases", "Architectures", "Serving")
 
 Cell = dict[str, str]
 """table, row, column, against, test (the node id); in the results also outcome, date and, if it was skipped, reason."""
