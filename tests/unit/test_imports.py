@@ -20,6 +20,7 @@ LAYERS = [  # bottom first: a module may import only from the rows listed before
     ["kernels"],
     ["linear"],
     ["scoring", "selection"],
+    ["maps"],
     ["tuner"],
     ["data", "models", "planner"],
     ["__init__"],

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from smtune import Plan
 from smtune.evaluation import accuracy
-from smtune.report import accuracy_bars, block_map, layout, loss_curve, plan_table, projection_shares
-from smtune.report.figures import LAYERS_PER_BAND
+from smtune.maps import layout
+from smtune.maps.picture import LAYERS_PER_BAND
+from smtune.report import accuracy_bars, block_map, loss_curve, plan_table, projection_shares
 from smtune.selection import ModulePlan
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}  # of 16² blocks: 16, 8, 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from smtune.report import layout
+from smtune.maps import layout
 from smtune.selection import Plan
 
 

@@ -1,8 +1,8 @@
 """Figures of a benchmark: step times, memory, growth, and what cost-aware selection trades.
 
-Each writes one PNG and returns the matplotlib figure; the style is that of `smtune.report.figures`. Times are
+Each writes one PNG and returns the matplotlib figure; the style is that of `smtune.maps.picture`. Times are
 multiples of the floor's step but in the sweeps, which need seconds for their exponents. Imports matplotlib, numpy,
-`smtune.evaluation.statistics` and the modules beside it.
+`smtune.evaluation.statistics`, `smtune.maps` and the modules beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from smtune.evaluation.statistics import Estimate, accuracy
+from smtune.maps.picture import COLOURS, FAINT, GREY, INK, clean, new_figure, save, set_title
 from smtune.report.benchmarks import sweeps, words
 from smtune.report.benchmarks.records import (
     PARTS,
@@ -31,7 +32,7 @@ from smtune.report.benchmarks.records import (
     step_ratios,
 )
 from smtune.report.benchmarks.targets import STEP_TARGETS, STEP_TOKENS
-from smtune.report.figures import COLOURS, FAINT, GREY, INK, LINES, _clean, _figure, _save, _title
+from smtune.report.figures import LINES
 
 CLOSE = 1.16
 """Up to here the right-hand panel of the step times reaches, where the arms close to the floor are told apart."""
@@ -51,13 +52,13 @@ def step_times(suite: Suite, path: Path) -> Figure | None:
     arms = {name: arm for name, arm in suite.others.items() if step_ratios(arm).size}
     if not arms:
         return None
-    figure = _figure(10.5, 1.3 + 0.33 * len(arms))
+    figure = new_figure(10.5, 1.3 + 0.33 * len(arms))
     parts_axes, close_axes = figure.subplots(1, 2, width_ratios=(1, 1.15), sharey=True)
     _draw_parts(parts_axes, arms)
     _draw_close(close_axes, arms, suite.is_7b(STEP_TOKENS))
-    _title(parts_axes, "Time of a step over the floor's", suite.setting())
-    _title(close_axes, "Close to the floor", "median and middle half of the pairs")
-    return _save(figure, path)
+    set_title(parts_axes, "Time of a step over the floor's", suite.setting())
+    set_title(close_axes, "Close to the floor", "median and middle half of the pairs")
+    return save(figure, path)
 
 
 def _draw_parts(axes: Axes, arms: Mapping[str, Record]) -> None:
@@ -74,7 +75,7 @@ def _draw_parts(axes: Axes, arms: Mapping[str, Record]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.02 * max(1.0, start.max()))
     axes.set_xlabel("time / floor's step")
-    _clean(axes)
+    clean(axes)
     _grid_along_x(axes)
     axes.figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8.5
@@ -107,7 +108,7 @@ def _draw_close(axes: Axes, arms: Mapping[str, Record], has_targets: bool) -> No
     axes.set_xlim(lowest - 0.005, CLOSE)
     axes.set_xlabel("step / floor's step")
     axes.tick_params(axis="y", length=0)
-    _clean(axes)
+    clean(axes)
     _grid_along_x(axes)
     keys = [
         axes.plot([], [], "o-", color=COLOURS[0], markersize=5, label="SMT")[0],
@@ -126,7 +127,7 @@ def memory(suite: Suite, path: Path) -> Figure | None:
     arms = {name: arm for name, arm in suite.arms.items() if ran(arm) and arm.get("peak_tensor_bytes")}
     if not arms:
         return None
-    figure = _figure(10.5, 1.6 + 0.33 * len(arms))
+    figure = new_figure(10.5, 1.6 + 0.33 * len(arms))
     whole_axes, above_axes = figure.subplots(1, 2, width_ratios=(1, 1), sharey=True)
     _draw_whole(whole_axes, list(arms.values()))
     _draw_above(above_axes, suite, arms)
@@ -135,14 +136,14 @@ def memory(suite: Suite, path: Path) -> Figure | None:
     for axes in (whole_axes, above_axes):
         axes.tick_params(axis="y", length=0)
         axes.margins(y=0.02)
-        _clean(axes)
+        clean(axes)
         _grid_along_x(axes)
-    _title(whole_axes, "Memory at the peak of a step", suite.setting())
-    _title(above_axes, "Above the floor", "bars: what the parts add up to; they are not all alive at once")
+    set_title(whole_axes, "Memory at the peak of a step", suite.setting())
+    set_title(above_axes, "Above the floor", "bars: what the parts add up to; they are not all alive at once")
     figure.legend(
         *whole_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8.5
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_whole(axes: Axes, arms: Sequence[Record]) -> None:
@@ -202,7 +203,7 @@ def sweep(found: Sequence[sweeps.Series], path: Path) -> Figure | None:
     measures = [name for name in found[0].axis.measures if any(name in s.measures for s in found)] if found else []
     if not measures:
         return None
-    figure = _figure(0.8 + 3.6 * len(measures), 3.5 + 0.2 * len(found))
+    figure = new_figure(0.8 + 3.6 * len(measures), 3.5 + 0.2 * len(found))
     ticks = sorted({point.x for series in found for point in series.points})
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         axes.set_xscale("log", base=2)
@@ -216,10 +217,10 @@ def sweep(found: Sequence[sweeps.Series], path: Path) -> Figure | None:
         _plain_seconds(axes)
         axes.set_xlabel(found[0].axis.name)
         axes.set_ylabel(f"{sweeps.MEASURES[measure]} (s)")
-        _clean(axes)
+        clean(axes)
         axes.grid(axis="y", which="both", color=FAINT, linewidth=0.6)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0.2)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _plain_seconds(axes: Axes) -> None:
@@ -268,7 +269,7 @@ def cost_aware(found: Sequence[Record], measured: Mapping[float, Quality], path:
     panels = [panel for panel in panels if any(panel[1](record) is not None for record in points)]
     suites = dict.fromkeys(record.get("suite", "") for record in points)
     colours = {suite: COLOURS[k % len(COLOURS)] for k, suite in enumerate(suites)}
-    figure = _figure(1 + 4.0 * len(panels), 3.9)
+    figure = new_figure(1 + 4.0 * len(panels), 3.9)
     for axes, (name, value, is_share) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for record in points:
             _draw_trade(axes, record, value(record), colours[record.get("suite", "")])
@@ -279,12 +280,12 @@ def cost_aware(found: Sequence[Record], measured: Mapping[float, Quality], path:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         if is_share:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _clean(axes)
-    _title(figure.axes[0], "Cost-aware selection", "numbers: max_backward_cost; line: the floor")
+        clean(axes)
+    set_title(figure.axes[0], "Cost-aware selection", "numbers: max_backward_cost; line: the floor")
     if len(suites) > 1:
         keys = [figure.axes[0].plot([], [], "o", color=colour, label=suite)[0] for suite, colour in colours.items()]
         figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _accuracy(quality: Quality | None) -> Estimate | None:
