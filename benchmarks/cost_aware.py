@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from first_look import answer_loss
 from rich.console import Console
 
 import smtune
 from smtune.cli.demo import BLOCK_SIZE, BUDGET, MODEL, SMT
 from smtune.data import Collator, arithmetic, batches, prepare
-from smtune.evaluation import evaluate, load_items, resolve_tasks
+from smtune.evaluation import answer_loss, evaluate, load_items, resolve_tasks
 from smtune.files import write_json
 from smtune.models import load_merged, load_model, load_tokenizer
 from smtune.scoring import Scores

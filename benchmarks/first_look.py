@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import shutil
 import tempfile
@@ -25,8 +24,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from smtune.data import Collator, batches, count_overlap, prepare
-from smtune.evaluation import evaluate, load_items, resolve_tasks
+from smtune.data import count_overlap, prepare
+from smtune.evaluation import answer_loss, evaluate, load_items, resolve_tasks
 from smtune.models import load_merged, load_model, load_tokenizer
 from smtune.training import parse_config, train
 
@@ -124,18 +123,6 @@ def run_cell(method, rate, data, work, tokenizer, items, held_out) -> dict:
     row["correct"] = sum(task.correct for task in evaluation.summary.tasks)
     row["items"] = len(items)
     return row
-
-
-@torch.no_grad()
-def answer_loss(model, tokenizer, dataset) -> float:
-    """Mean negative log-likelihood of the answer tokens, nats."""
-    total, count = 0.0, 0
-    for batch in batches(dataset, Collator(tokenizer.pad_token_id), 23):
-        n_tokens = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch).loss.item() * n_tokens
-        count += n_tokens
-    assert math.isfinite(total)
-    return total / count
 
 
 if __name__ == "__main__":

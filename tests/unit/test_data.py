@@ -19,6 +19,7 @@ from smtune.data import (
     arithmetic,
     batches,
     check_records,
+    comparison,
     count_overlap,
     encode,
     packaged_tests,
@@ -29,7 +30,7 @@ from smtune.data import (
     to_example,
 )
 from smtune.data.arithmetic import TEMPLATES
-from smtune.data.sources import ASSETS, N_ARITHMETIC, TEST_TASKS
+from smtune.data.sources import ASSETS, N_ARITHMETIC, N_COMPARISON, TEST_TASKS
 from smtune.errors import InputError
 
 PERMISSIVE = {"gsm8k", "AQuA", "SVAMP", "winogrande", "social_i_qa", "openbookqa"}
@@ -549,6 +550,7 @@ def test_packaged_training_data_is_sound_and_permissive():
         "mini/math": {"gsm8k": 800, "AQuA": 300},
         "mini/commonsense": {"winogrande": 300, "social_i_qa": 300, "openbookqa": 300},
         "arithmetic": {"arithmetic": N_ARITHMETIC},
+        "comparison": {"comparison": N_COMPARISON},
     }
     for name, expected in tasks.items():
         found = [record.fields["task"] for record in read_records(name)]
@@ -560,16 +562,17 @@ def test_packaged_tests():
     assert {row["task"] for row in rows} == PERMISSIVE == set(TEST_TASKS)
     assert len(rows) == 300
     assert all(row["answer"] for row in rows)
-    for task in (*TEST_TASKS, "arithmetic"):
+    for task in (*TEST_TASKS, "arithmetic", "comparison"):
         assert {row["task"] for row in read_rows(packaged_tests() / f"{task}.jsonl")} == {task}
     assert read_rows("arithmetic/test") == arithmetic(200, split="test")
+    assert read_rows("comparison/test") == comparison(200, split="test")
     # Their mathematical records hold no output on purpose, so they cannot be trained on by mistake.
     assert 'Expected "output" to hold text' in error_of(read_records, "mini/test")
 
 
 def test_no_packaged_test_question_is_in_packaged_training_data():
-    train = read_rows(["mini/math", "mini/commonsense", "arithmetic"])
-    test = read_rows(["mini/test", "arithmetic/test"])
+    train = read_rows(["mini/math", "mini/commonsense", "arithmetic", "comparison"])
+    test = read_rows(["mini/test", "arithmetic/test", "comparison/test"])
     assert count_overlap(train, test) == 0
     assert count_overlap(test, test) == len(test)
 
@@ -629,6 +632,28 @@ def test_arithmetic_splits_share_no_question():
 )
 def test_arithmetic_refuses(arguments, message):
     assert message in error_of(arithmetic, *arguments)
+
+
+# Comparison -----------------------------------------------------------------------------------------------------------
+
+
+def test_comparison_answers_follow_from_the_question():
+    for record in comparison(500, seed=4):
+        facts = re.findall(r"(\w+) has (\d+)", record["instruction"])
+        numbers = {name: int(number) for name, number in facts}
+        options = dict(re.findall(r"(Answer\d): (\w+)", record["instruction"]))
+        asked = re.search(r"Who has (most|more|the most|the fewest|fewer) \w+(?: than (\w+))?", record["instruction"])
+        right = {"most": max, "more": max, "fewe": min}[asked[1].removeprefix("the ")[:4]](numbers, key=numbers.get)
+        assert options[record["answer"].capitalize()] == right
+        assert asked[2] in (None, sorted(numbers, key=numbers.get)[1])
+        assert record["output"] == f"the correct answer is {record['answer']}"
+
+
+def test_comparison_splits_share_no_question_and_are_drawn_by_seed():
+    assert count_overlap(comparison(2000), comparison(500, seed=1, split="test")) == 0
+    assert comparison(20, seed=1) == comparison(40, seed=1)[:20] != comparison(20, seed=2)
+    assert "Got 0." in error_of(comparison, 0)
+    assert 'Got "valid"' in error_of(comparison, 1, 0, "valid")
 
 
 # The real tokenizer ---------------------------------------------------------------------------------------------------

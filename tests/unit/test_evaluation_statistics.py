@@ -1,10 +1,20 @@
 """Intervals and tests against published figures and simulation."""
 
+import math
 import random
 
 import pytest
 
-from smtune.evaluation.statistics import Estimate, accuracy, mcnemar, mean, paired_difference
+from smtune.evaluation.statistics import (
+    Estimate,
+    accuracy,
+    accuracy_over_seeds,
+    difference_over_seeds,
+    mcnemar,
+    mean,
+    paired_difference,
+    verdict,
+)
 
 
 def paired(both, only_a, only_b, neither):
@@ -100,3 +110,49 @@ def test_mean_of_one_is_itself_and_of_many_is_narrower():
 def test_paired_difference_needs_the_same_items(a, b):
     with pytest.raises(ValueError, match="same items"):
         paired_difference(a, b)
+
+
+# Several seeds --------------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_is_wilson_and_newcombe():
+    a, b = [True] * 30 + [False] * 20, [True] * 20 + [False] * 30
+    assert accuracy_over_seeds([a]) == accuracy(30, 50)
+    several, single = difference_over_seeds([a], [b]), paired_difference(a, b)
+    assert (several.difference, several.p_value) == (single.difference, single.p_value)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    same = accuracy_over_seeds([[True, False] * 50] * 3)
+    apart = accuracy_over_seeds([[True] * k + [False] * (100 - k) for k in (30, 50, 70)])
+    assert same.value == apart.value == 0.5
+    assert same == accuracy(50, 100)
+    # Student's quantile for two degrees of freedom, 4.303, times 0.2 / √3, and Wilson's half in quadrature
+    half = math.hypot(0.5 - accuracy(50, 100).low, 4.303 * 0.2 / math.sqrt(3))
+    assert apart.low == pytest.approx(max(0.0, 0.5 - half))
+
+
+def test_the_interval_of_a_difference_covers_the_truth():
+    """Two arms of three seeds on 200 items, accuracies 0.6 and 0.5: 95 % intervals hold 0.1 about that often."""
+    draw = random.Random(0)
+    covered = 0
+    for _ in range(200):
+        levels = [draw.random() for _ in range(200)]  # how hard an item is, the same for both arms
+        runs = [[[level < p + 0.1 * draw.gauss(0, 1) for level in levels] for _ in range(3)] for p in (0.6, 0.5)]
+        estimate = difference_over_seeds(*runs).difference
+        covered += estimate.low <= 0.1 <= estimate.high
+    assert covered >= 180
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-0.01, 0.02, "tie"),
+        (0.005, 0.015, "tie"),
+        (0.01, 0.05, "better"),
+        (-0.05, -0.01, "worse"),
+        (-0.01, 0.05, "undecided"),
+    ],
+)
+def test_verdict(low, high, expected):
+    assert verdict(Estimate((low + high) / 2, low, high)) == expected

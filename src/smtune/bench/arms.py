@@ -36,6 +36,8 @@ EQUAL = 0.84
 """Percent of LLaMA-7B whose number of blocks the arms of equal parameters follow."""
 
 LINEARS = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLM_ADAPTERS = [*QKV, "up_proj", "down_proj"]
+"""Where LLM-Adapters and DoRA's repository put adapters, and so the paper's baselines."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Arm:
 Builder = Callable[[nn.Module, Setting, dict[str, Tensor]], Arm]
 
 
-def build(name: str, setting: Setting, model: nn.Module, batch: dict[str, Tensor]) -> Arm:
+def build(name: str, setting: Setting, model: nn.Module, batch: dict[str, Tensor], seed: int = 0) -> Arm:
     """Make the arm of that name. Raises whatever the method itself raises: arms are recorded as not running, too."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     arm = (BUILDERS | FURTHER)[name](model, setting, batch)
     arm.name = name
     arm.model.train()
@@ -198,10 +200,12 @@ def _rank(model: nn.Module, setting: Setting, kinds: list[str], percent: float =
     return max(1, round(wanted / sum(rows + cols for rows, cols in shapes)))
 
 
-def _lora(label: str, kinds: list[str], percent: float = EQUAL, dora: bool = False) -> Builder:
+def _lora(label: str, kinds: list[str], percent: float = EQUAL, dora: bool = False, rslora: bool = False) -> Builder:
     def builder(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
         rank = _rank(model, setting, kinds, percent, per_row=int(dora))
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=kinds, lora_dropout=0.0, use_dora=dora)
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=kinds, lora_dropout=0.0, use_dora=dora, use_rslora=rslora
+        )
         return _wrapped(model, config, f"{label} r={rank}")
 
     return builder
@@ -275,14 +279,17 @@ class MasterLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-def _dense_v(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
-    for layer in attention_inputs(model, ("v_proj",)):
-        for name, module in layer.items():
-            if module.weight.dtype == torch.float32:
-                module.weight.requires_grad_(True)
-            else:
-                model.set_submodule(name, MasterLinear(module))
-    return Arm("", "dense v_proj", model, trained=_requiring(model))
+def _dense(label: str, kinds: tuple[str, ...]) -> Builder:
+    def builder(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
+        for layer in attention_inputs(model, kinds):
+            for name, module in layer.items():
+                if module.weight.dtype == torch.float32:
+                    module.weight.requires_grad_(True)
+                else:
+                    model.set_submodule(name, MasterLinear(module))
+        return Arm("", label, model, trained=_requiring(model))
+
+    return builder
 
 
 def _full(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
@@ -317,7 +324,7 @@ BUILDERS: dict[str, Builder] = {
     "dora": _lora("DoRA q,k,v", list(QKV), dora=True),
     "shira": _shira,
     "supertuning": _supertuning,
-    "dense-v": _dense_v,
+    "dense-v": _dense("dense v_proj", ("v_proj",)),
     "sift": _sift,
     "appendix-a": _appendix_a,
     "full": _full,
@@ -328,5 +335,9 @@ FURTHER: dict[str, Builder] = {
     "smt-at-use": _written(at_use=True),
     "smt-after-step": _written(at_use=False),
     "full-cpuadam": _full_offloaded,
+    "rslora": _lora("rsLoRA q,k,v", list(QKV), rslora=True),
+    "lora-adapters": _lora("LoRA q,k,v,up,down", LLM_ADAPTERS),
+    "dora-adapters": _lora("DoRA q,k,v,up,down", LLM_ADAPTERS, dora=True),
+    "dense-qkv": _dense("dense q,k,v", QKV),
 }
-"""Arms of single questions, which have records of their own kind."""
+"""Arms of single questions, which have records of their own kind, and those of `smtune reproduce` alone."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from smtune.cli.bench import bench
+from smtune.cli.reproduce import reproduce
 from smtune.errors import InputError
 from smtune.version import __version__
 
@@ -266,6 +267,7 @@ def show_demo(
 
 
 app.command(name="bench")(bench)
+app.command(name="reproduce")(reproduce)
 
 
 @app.command()

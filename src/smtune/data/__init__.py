@@ -4,11 +4,12 @@
     trainer = Trainer(..., train_dataset=dataset, data_collator=Collator(tokenizer.pad_token_id))
 
 Read in this order: `sources` (where rows come from), `formats` (the four shapes a row may have, the prompt),
-`encoding` (tokens, masks, batches), `arithmetic` (a procedural task), `overlap` (test questions among the training
-ones). Imports torch, transformers, datasets and `smtune.errors`; nothing else of smtune.
+`encoding` (tokens, masks, batches), `arithmetic` and `comparison` (procedural tasks), `overlap` (test questions among
+the training ones). Imports torch, transformers, datasets and `smtune.errors`; nothing else of smtune.
 """
 
 from smtune.data.arithmetic import arithmetic
+from smtune.data.comparison import comparison
 from smtune.data.encoding import Collator, EncodingReport, batches, encode, prepare
 from smtune.data.formats import SHAPES, Example, Format, Record, Segment, alpaca_prompt, check_records, to_example
 from smtune.data.overlap import count_overlap, question_key
@@ -28,6 +29,7 @@ __all__ = [
     "arithmetic",
     "batches",
     "check_records",
+    "comparison",
     "count_overlap",
     "encode",
     "packaged_tests",

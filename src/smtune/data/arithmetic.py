@@ -100,12 +100,13 @@ def arithmetic(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
     while len(problems) < n:
         problem = _problem(draw)
         key = question_key(problem["instruction"])
-        if _split(key) == split:
+        if split_of(key) == split:
             problems.setdefault(key, problem)
     return list(problems.values())
 
 
-def _split(key: str) -> Split:
+def split_of(key: str) -> Split:
+    """Where the question with this `question_key` belongs, by its hash."""
     return "test" if hashlib.sha256(key.encode()).digest()[0] % TEST_SHARE == 0 else "train"
 
 

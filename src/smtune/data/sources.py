@@ -2,7 +2,7 @@
 
 Files are JSON (an array of objects), JSON Lines and Parquet. A row keeps the place it stands at (path and line, or
 record number), so that whatever is wrong with it can be found. Imports datasets, `smtune.errors` and, of this
-package, `formats` and `arithmetic`.
+package, `formats`, `arithmetic` and `comparison`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from smtune.data.arithmetic import arithmetic
+from smtune.data.comparison import comparison
 from smtune.data.formats import Format, Record, check_records, faults_error
 from smtune.errors import InputError, did_you_mean
 
@@ -31,8 +32,8 @@ Rows = list[tuple[str, Any]]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TEST_TASKS = ("gsm8k", "AQuA", "SVAMP", "winogrande", "social_i_qa", "openbookqa")
-N_ARITHMETIC = 2000
-"""Training problems of the packaged name `arithmetic`; the function of that name gives as many as asked for."""
+N_ARITHMETIC = N_COMPARISON = 2000
+"""Training records of the packaged names `arithmetic` and `comparison`; the functions give as many as asked for."""
 
 
 def read_records(source: Source, *, format: Format = "auto", limit: int | None = None, seed: int = 0) -> list[Record]:
@@ -66,7 +67,7 @@ def read_rows(source: Source) -> list[Any]:
 
 
 def packaged_tests() -> Path:
-    """The folder that holds `<task>.jsonl` for every packaged test set: `TEST_TASKS` and `arithmetic`."""
+    """The folder that holds `<task>.jsonl` for every packaged test set: `TEST_TASKS`, `arithmetic` and `comparison`."""
     return ASSETS / "test"
 
 
@@ -195,6 +196,8 @@ def _assets(*names: str) -> Callable[[], Rows]:
 PACKAGED: Mapping[str, Callable[[], Rows]] = {
     "arithmetic": lambda: [(f"arithmetic, record {k}", row) for k, row in enumerate(arithmetic(N_ARITHMETIC), 1)],
     "arithmetic/test": _assets("test/arithmetic.jsonl"),
+    "comparison": lambda: [(f"comparison, record {k}", row) for k, row in enumerate(comparison(N_COMPARISON), 1)],
+    "comparison/test": _assets("test/comparison.jsonl"),
     "mini/math": _assets("math.jsonl"),
     "mini/commonsense": _assets("commonsense.jsonl"),
     "mini/test": _assets(*(f"test/{task}.jsonl" for task in TEST_TASKS)),

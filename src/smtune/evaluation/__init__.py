@@ -8,6 +8,7 @@ the prompt, torch, transformers and rich; never training or the tuner.
 """
 
 from smtune.evaluation.answers import extract_answer, is_correct
+from smtune.evaluation.loss import answer_loss
 from smtune.evaluation.results import (
     ItemResult,
     Summary,
@@ -19,7 +20,16 @@ from smtune.evaluation.results import (
     summary_table,
 )
 from smtune.evaluation.run import Evaluation, Protocol, check, evaluate
-from smtune.evaluation.statistics import Estimate, PairedDifference, accuracy, paired_difference
+from smtune.evaluation.statistics import (
+    Estimate,
+    PairedDifference,
+    SeedsDifference,
+    accuracy,
+    accuracy_over_seeds,
+    difference_over_seeds,
+    paired_difference,
+    verdict,
+)
 from smtune.evaluation.tasks import GROUPS, TASKS, Choice, Item, Task, choices, load_items, resolve_tasks
 
 __all__ = [
@@ -32,14 +42,18 @@ __all__ = [
     "ItemResult",
     "PairedDifference",
     "Protocol",
+    "SeedsDifference",
     "Summary",
     "Task",
     "TaskSummary",
     "accuracy",
+    "accuracy_over_seeds",
+    "answer_loss",
     "check",
     "choices",
     "compare",
     "comparison_table",
+    "difference_over_seeds",
     "evaluate",
     "extract_answer",
     "is_correct",
@@ -49,4 +63,5 @@ __all__ = [
     "resolve_tasks",
     "summarise",
     "summary_table",
+    "verdict",
 ]

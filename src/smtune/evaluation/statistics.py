@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
 
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -105,3 +107,89 @@ def _continuity_corrected_phi(both: int, only_a: int, only_b: int, neither: int)
     if cross > 0:
         cross = max(cross - n / 2, 0)
     return cross / math.sqrt(margins)
+
+
+# -- several seeds -----------------------------------------------------------------------------------------------
+
+TIE = 0.02
+"""Two methods are tied where the whole interval of their difference lies within this margin (2 points)."""
+
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's quantiles of a two-sided 95 % interval for 1 to 9 degrees of freedom."""
+
+Verdict = Literal["better", "worse", "tie", "undecided"]
+
+
+def accuracy_over_seeds(runs: Sequence[Sequence[bool]]) -> Estimate:
+    """Mean accuracy of runs that differ in their seed alone, over the same n items.
+
+    The interval has two parts, added in quadrature: Wilson's for the items at the mean accuracy, and Student's for the
+    mean over seeds. With one seed the second part is unknown, and the interval is of the items alone.
+
+    Args:
+        runs: of each seed, whether item k was right.
+    """
+    _check_runs(runs)
+    n = len(runs[0])
+    means = [sum(run) / n for run in runs]
+    items, seeds = accuracy(round(fmean(means) * n), n), _of_seeds(means)
+    value = fmean(means)
+    low = value - math.hypot(items.value - items.low, seeds)
+    high = value + math.hypot(items.high - items.value, seeds)
+    return Estimate(value, max(0.0, low), min(1.0, high))
+
+
+@dataclass(frozen=True)
+class SeedsDifference:
+    """Mean accuracy of a less that of b, runs over the same n items.
+
+    Args:
+        difference: with a 95 % interval over items and seeds.
+        p_value: two-sided, that both are equally good: exact McNemar for one seed, else of the interval's normal.
+    """
+
+    n: int
+    difference: Estimate
+    p_value: float
+
+
+def difference_over_seeds(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]]) -> SeedsDifference:
+    """Compares two arms item by item, each the mean over its own seeds.
+
+    The interval adds the paired standard error over items and Student's interval of each arm's mean over seeds in
+    quadrature. One seed each: Newcombe's interval and McNemar's test, as `paired_difference`.
+    """
+    _check_runs([*a, *b])
+    if len(a) == len(b) == 1:
+        paired = paired_difference(a[0], b[0])
+        return SeedsDifference(paired.n, paired.difference, paired.p_value)
+    n = len(a[0])
+    differences = [fmean(right) - fmean(other) for right, other in zip(zip(*a), zip(*b))]
+    value = fmean(differences)
+    seeds = [_of_seeds([fmean(run) for run in runs]) for runs in (a, b)]
+    half = math.hypot(Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else 1.0, *seeds)
+    p_value = math.erfc(abs(value) / half * Z_95 / math.sqrt(2)) if half else float(value == 0)
+    return SeedsDifference(n, Estimate(value, max(-1.0, value - half), min(1.0, value + half)), p_value)
+
+
+def verdict(difference: Estimate) -> Verdict:
+    """What may be said: "tie" needs the whole interval within `TIE`, "better" and "worse" all of it beyond zero."""
+    if difference.low >= -TIE and difference.high <= TIE:
+        return "tie"
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "undecided"
+
+
+def _check_runs(runs: Sequence[Sequence[bool]]) -> None:
+    if not runs or not runs[0] or len({len(run) for run in runs}) > 1:
+        raise ValueError(f"Expected runs over the same items. Got {[len(run) for run in runs]} items.")
+
+
+def _of_seeds(means: Sequence[float]) -> float:
+    """Half of Student's 95 % interval for the mean over seeds; 0 for a single one, of which nothing is known."""
+    k = len(means)
+    if k < 2:
+        return 0.0
+    quantile = _T_95[k - 2] if k - 2 < len(_T_95) else Z_95
+    return quantile * stdev(means) / math.sqrt(k)

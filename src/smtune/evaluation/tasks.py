@@ -20,7 +20,7 @@ from smtune.data import alpaca_prompt, packaged_tests, read_rows
 from smtune.errors import InputError, did_you_mean
 
 RECORDS_URL = "https://github.com/AGI-Edgerunners/LLM-Adapters"
-"""Where the records of all tasks but `arithmetic` come from (its folder `dataset`)."""
+"""Where the records of all tasks but the packaged ones come from (its folder `dataset`)."""
 
 _HOW_TO_GET = f'`git clone {RECORDS_URL}` has the sets: give its folder "dataset".'
 
@@ -90,6 +90,7 @@ TASKS: Mapping[str, Task] = {
         _math("AddSub", "Hosseini et al. 2014", leaked=True),
         _math("AQuA", "Ling et al. 2017, google-deepmind/AQuA", kind="letter"),
         Task("arithmetic", "packaged", "number", "procedural, packaged with smtune", max_new_tokens=64),
+        Task("comparison", "packaged", "label", "procedural, packaged with smtune", "answer", max_new_tokens=16),
     )
 }
 

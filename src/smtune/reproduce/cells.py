@@ -1,0 +1,138 @@
+"""Cells: the smallest things that are run, and which of them an experiment still wants.
+
+A cell is one configuration in plain JSON values, complete: it names the weights, the rows and the test items by their
+hashes, so its identity is a hash of its content, and two experiments that want the same cell share it.
+
+Learning rates are swept with the first seed; the other seeds run at the best rate, by accuracy on held-out training
+rows (their loss decides among equals). Tests are never looked at for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from smtune.reproduce.declared import Experiment, Row, Tier
+
+Record = dict[str, Any]
+Find = Callable[["Cell"], "Record | None"]
+"""The stored record of a cell, or None."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One configuration; `label` says in words which, and has no part in its identity."""
+
+    config: Mapping[str, Any]
+    label: str
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits over the configuration."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of an experiment with everything fixed but the learning rate and the seed.
+
+    Attributes:
+        row, model, family, budget: what it is.
+        fixed: its cells' configuration without the two.
+        rates, seeds: what is run: every rate with the first seed, the best one with all.
+    """
+
+    row: Row
+    model: str
+    family: str
+    budget: float | int
+    fixed: Mapping[str, Any]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.family}, {self.model}, {self.row.label}, {budget_text(self.budget)}"
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.rates) + len(self.seeds) - 1
+
+    def cell(self, rate: float, seed: int) -> Cell:
+        label = self.label + (f", rate {rate:g}" if len(self.rates) > 1 else "") + f", seed {seed}"
+        return Cell({**self.fixed, "learning_rate": rate, "seed": seed}, label)
+
+    def sweep(self) -> list[Cell]:
+        """A cell for each learning rate, with the first seed."""
+        return [self.cell(rate, self.seeds[0]) for rate in self.rates]
+
+    def best(self, find: Find) -> float | None:
+        """The chosen learning rate, or None while some of the sweep is missing."""
+        records = {rate: find(cell) for rate, cell in zip(self.rates, self.sweep())}
+        if len(self.rates) == 1:
+            return self.rates[0]
+        found = {rate: record for rate, record in records.items() if record is not None}
+        return max(found, key=lambda rate: _validated(found[rate])) if len(found) == len(self.rates) else None
+
+    def cells(self, find: Find) -> list[Cell]:
+        """Those known so far: the sweep, and once it is done the other seeds."""
+        best = self.best(find)
+        return self.sweep() + ([self.cell(best, seed) for seed in self.seeds[1:]] if best is not None else [])
+
+    def chosen(self, find: Find) -> list[Record]:
+        """What there is of the table's cells: at the best rate, the best so far while the sweep goes on."""
+        best = self.best(find)
+        if best is None:
+            so_far = [record for cell in self.sweep() if (record := find(cell)) is not None]
+            return [max(so_far, key=_validated)] if so_far else []
+        records = [find(self.cell(best, seed)) for seed in self.seeds]
+        return [record for record in records if record is not None]
+
+
+def _validated(record: Record) -> tuple[float, float]:
+    """What a learning rate is judged by, the larger the better; a run that diverged has no finite loss."""
+    metrics = record["metrics"]
+    validation = metrics["validation"]
+    accuracy = validation["correct"] / validation["items"] if validation["items"] else 0.0
+    loss = metrics["validation_loss"]
+    return (accuracy, -loss) if loss is not None else (-1.0, 0.0)
+
+
+def budget_text(budget: float | int) -> str:
+    """A number of blocks, or percent of the parameters."""
+    return f"{budget} blocks" if isinstance(budget, int) else f"{100 * budget:.3g} %"
+
+
+def arms(experiment: Experiment, tier: Tier, seeds: Sequence[int], base: Callable[[str, str], Record]) -> Iterator[Arm]:
+    """The arms of an experiment, in the order of its table.
+
+    Args:
+        experiment, tier: as declared.
+        seeds: of every arm; the untrained model and what draws nothing have the first only.
+        base: (model, family) to what all cells of the two share: data, recipe, evaluation.
+    """
+    for family in experiment.families:
+        for model in tier.models:
+            for row in experiment.rows_at(tier.scale):
+                if row.models is not None and model not in row.models:
+                    continue
+                for budget in row.budgets if row.method not in ("base", "full", "dense-v", "dense-qkv") else [1.0]:
+                    trained = experiment.kind == "train" and row.method != "base"
+                    yield Arm(
+                        row=row,
+                        model=model,
+                        family=family,
+                        budget=budget,
+                        fixed={"kind": experiment.kind, **base(model, family), **_of_row(row, budget)},
+                        rates=tier.rates(row) if experiment.kind == "train" else [0.0],
+                        seeds=seeds if trained else seeds[:1],
+                    )
+
+
+def _of_row(row: Row, budget: float | int) -> Record:
+    smt = {"criterion": row.criterion, "targets": row.targets, "shares": row.shares, "shuffled": row.shuffled}
+    return {"method": row.method, "budget": budget, **(smt if row.method == "smt" else {})}

@@ -1,0 +1,251 @@
+"""What the YAML files beside this module declare: experiments (what is compared) and tiers (on what, and how).
+
+An experiment lists rows; a tier gives the model, data, recipe, seeds and learning rates that fill them in. Unknown keys
+are faults. Imports pydantic and yaml.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smtune.errors import InputError, did_you_mean
+
+HERE = Path(__file__).parent
+SCALES = {"embedded": ("mini", "smollm2"), "paper": ("paper",)}
+"""The tiers of each scale, the default first."""
+
+Method = Literal[
+    "base",
+    "smt",
+    "lora",
+    "lora-all",
+    "lora-adapters",
+    "rslora",
+    "dora",
+    "dora-adapters",
+    "shira",
+    "supertuning",
+    "sift",
+    "dense-v",
+    "dense-qkv",
+    "full",
+]
+Layout = Literal["accuracy", "scaling", "curve", "blocks", "shares", "time", "memory"]
+Kind = Literal["train", "select", "time", "memory"]
+Budget = Annotated[float, Field(gt=0.0, le=1.0)] | Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Row(_Section):
+    """One method of an experiment.
+
+    Attributes:
+        label: as the table shows it.
+        method: what is trained; "base" is the untrained model. `smtune.reproduce.arms` builds it.
+        budgets: fractions of all parameters, or numbers of blocks; of other methods than SMT, whose number of trained
+            parameters they follow as closely as a rank allows.
+        criterion, targets, shares: of SMT: how blocks are scored, in which projections, and shares by group.
+        shuffled: of SMT: as many blocks in every matrix, at random places.
+        models: of the tier's models, by name. None: all.
+        learning_rates: None: the tier's for this method.
+    """
+
+    label: str
+    method: Method
+    budgets: list[Budget] = [0.0084]
+    criterion: str = "abs_of_sum"
+    targets: list[str] | None = None
+    shares: dict[str, float] | None = None
+    shuffled: bool = False
+    models: list[str] | None = None
+    learning_rates: list[float] | None = None
+
+
+class Published(_Section):
+    """The paper's own numbers, as printed."""
+
+    columns: list[str]
+    rows: list[list[str | float | int]]
+
+
+class Experiment(_Section):
+    """A table or figure.
+
+    Attributes:
+        name, title: for the command line and for people.
+        kind: what a cell does: "train" (and evaluate), "select" (a plan only), "time" (steps), "memory" (count).
+        layout: how it is shown.
+        families: the tasks trained on and tested, of the tier's.
+        rows: by scale.
+        cells_of: another experiment whose rows these are.
+        published: the paper's numbers; note: what else the page says.
+    """
+
+    name: str
+    title: str
+    kind: Kind = "train"
+    layout: Layout
+    families: list[str] = ["choice"]
+    rows: dict[Literal["embedded", "paper"], list[Row]] = {}
+    cells_of: str | None = None
+    published: Published | None = None
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        if bool(self.cells_of) == bool(self.rows):
+            raise ValueError("expected rows or cells_of, one of the two")
+        return self
+
+    def rows_at(self, scale: str) -> list[Row]:
+        """The rows at a scale, its own or those of the experiment it shares cells with."""
+        if self.cells_of is not None:
+            return load_experiment(self.cells_of).rows_at(scale)
+        return self.rows.get(scale, [])  # type: ignore[call-overload]
+
+
+class Recipe(_Section):
+    """The training of every arm alike: AdamW without weight decay, linear schedule after a warm-up, clipped gradients.
+
+    Attributes:
+        steps, epochs: how long, by one of the two.
+        batch_size: rows of a step. micro_batch_size: rows at a time.
+        scoring_batches: warm-up batches that SMT scores with.
+    """
+
+    steps: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count = 16
+    micro_batch_size: Count = 16
+    max_length: Count = 256
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    scoring_batches: Count = 100
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if (self.steps is None) == (self.epochs is None) or self.batch_size % self.micro_batch_size:
+            raise ValueError("expected steps or epochs, one of the two, and micro batches that divide a batch")
+        return self
+
+
+class Size(_Section):
+    """Of a family's data, roughly, for the dry run: training rows, tokens of one, test items, tokens of an answer."""
+
+    rows: Count
+    tokens: Count
+    items: Count
+    answer_tokens: Count
+
+
+class Family(_Section):
+    """A kind of task: sources to train on, tests by name, another text whose loss tells what is forgotten, the size."""
+
+    train: list[str]
+    tests: list[str]
+    other_text: list[str] = []
+    size: Size = Size(rows=1, tokens=1, items=1, answer_tokens=1)
+
+
+class Evaluation(_Section):
+    """How answers are got.
+
+    Attributes:
+        items: of each test, at most. None: all.
+        validation_rows: training rows held out; their loss, and the accuracy on those that name their task, choose
+            the learning rate.
+        batch_size: prompts at a time.
+    """
+
+    protocol: Literal["generate", "likelihood"] = "generate"
+    items: Count | None = None
+    validation_rows: Count = 100
+    batch_size: Count = 50
+
+
+class Model(_Section):
+    """A base model: its name for `smtune.models`, and for those too large to be here its architecture by hand."""
+
+    name: str
+    architecture: dict[str, Any] | None = None
+    parameters: int | None = None
+
+
+class Tier(_Section):
+    """Where experiments run.
+
+    Attributes:
+        models: by the name that rows use.
+        block_size, dtype: of SMT, and of the frozen weights.
+        learning_rates: by method; "default" for the others.
+        families: the tasks. folder: the same where a folder of data is given, with paths inside it.
+        tests_folder: of the test files inside that folder.
+        flops_per_second: what the dry run assumes of a device.
+    """
+
+    name: str
+    title: str
+    models: dict[str, Model]
+    block_size: Count
+    dtype: Literal["float32", "bfloat16"]
+    recipe: Recipe
+    seeds: list[int]
+    learning_rates: dict[str, list[float]]
+    families: dict[str, Family]
+    folder: dict[str, Family] = {}
+    tests_folder: str = "test"
+    evaluation: Evaluation
+    flops_per_second: float
+
+    @property
+    def scale(self) -> str:
+        return "paper" if self.name == "paper" else "embedded"
+
+    def rates(self, row: Row) -> list[float]:
+        """The learning rates that a row sweeps; one of no meaning for the untrained model."""
+        if row.method == "base":
+            return [0.0]
+        return row.learning_rates or self.learning_rates.get(row.method) or self.learning_rates["default"]
+
+
+def experiment_names() -> list[str]:
+    """All experiments, in the order of the paper."""
+    order = ["table", "figure", "memory", "study"]
+    names = [path.stem for path in (HERE / "experiments").glob("*.yaml")]
+    return sorted(names, key=lambda name: (order.index(name.rstrip("0123456789")), name))
+
+
+@cache
+def load_experiment(name: str) -> Experiment:
+    """An experiment by name. Raises InputError for an unknown one."""
+    if name not in experiment_names():
+        raise InputError(
+            f"Expected experiments among {', '.join(experiment_names())}. Got {name!r}."
+            + did_you_mean(name, experiment_names())
+        )
+    return _load(Experiment, HERE / "experiments" / f"{name}.yaml", name)
+
+
+@cache
+def load_tier(name: str) -> Tier:
+    """A tier by name. Raises InputError for an unknown one."""
+    known = [tier for tiers in SCALES.values() for tier in tiers]
+    if name not in known:
+        raise InputError(f"Expected a tier among {', '.join(known)}. Got {name!r}." + did_you_mean(name, known))
+    return _load(Tier, HERE / "tiers" / f"{name}.yaml", name)
+
+
+def _load(kind: Any, path: Path, name: str) -> Any:
+    try:
+        return kind.model_validate({"name": name, **yaml.safe_load(path.read_text(encoding="utf-8"))})
+    except (ValidationError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,0 +1,467 @@
+"""The paper's layouts filled with our cells: a page, a table and figures for each experiment.
+
+Ours and the paper's numbers are never in one table. A table that is not complete says so in a row of its own; what
+comes of a trial with fewer steps, items or cells is headed as no result. Imports matplotlib by `smtune.report`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from smtune.evaluation import accuracy_over_seeds, difference_over_seeds, verdict
+from smtune.evaluation.statistics import Estimate, mean
+from smtune.files import write_text
+from smtune.maps.layout import projections
+from smtune.report import accuracy_bars, block_map, projection_shares
+from smtune.report.curves import bars, curves
+from smtune.reproduce.cells import Arm, Record, budget_text
+from smtune.reproduce.declared import Experiment
+from smtune.reproduce.run import Request
+from smtune.reproduce.store import Store
+from smtune.selection import Plan
+
+DASH = "–"
+GB, MB = 10**9, 10**6
+Table = tuple[list[str], list[list[str]]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What there is of an experiment.
+
+    Attributes:
+        experiment, request: what was asked.
+        arms: all of them, run or not.
+        found: for each, the records of its table cells: at its best rate, a seed each.
+        counts: for each, how many of its cells are there.
+        store: where the cells are.
+    """
+
+    experiment: Experiment
+    request: Request
+    arms: list[Arm]
+    found: list[list[Record]]
+    counts: list[int]
+    store: Store
+
+    @property
+    def present(self) -> list[tuple[Arm, list[Record]]]:
+        return [(arm, records) for arm, records in zip(self.arms, self.found) if records]
+
+
+def collect(experiment: Experiment, request: Request, store: Store) -> Result:
+    """Read what the store has of an experiment. With a limit of cells, of those only."""
+    arms = request.arms(experiment)
+    counts = [sum(store.find(cell) is not None for cell in arm.cells(store.find)) for arm in arms]
+    return Result(experiment, request, arms, [arm.chosen(store.find) for arm in arms], counts, store)
+
+
+def render(result: Result, folder: Path) -> list[Path]:
+    """Write the page, the table as CSV, and the figures; returns the files, the page first."""
+    experiment = result.experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    page, data = folder / f"{experiment.name}.md", folder / f"{experiment.name}.csv"
+    heads, rows = LAYOUTS[experiment.layout](result)
+    shown = [*rows, *_missing_row(result, len(heads))]
+    pictures = FIGURES[experiment.layout](result, folder) if result.present else []
+    extra = claims(result) if experiment.layout == "memory" else ""
+    parts = [
+        f"# {experiment.title}",
+        _trial(result),
+        f"## Ours: {result.request.setting.declared.title}",
+        _markdown(heads, shown),
+        extra,
+        *(f"![{picture.stem}]({picture.name})" for picture in pictures),
+        _how(result),
+        _published(experiment),
+        experiment.note.strip() and f"Note: {experiment.note.strip()}",
+    ]
+    write_text(page, "\n\n".join(part for part in parts if part) + "\n")
+    write_text(data, _csv(heads, shown, experiment))
+    return [page, data, *pictures]
+
+
+# What a page says about itself ----------------------------------------------------------------------------------------
+
+
+def _expected(result: Result) -> int:
+    return sum(arm.n_cells for arm in result.arms)
+
+
+def _missing_row(result: Result, width: int) -> list[list[str]]:
+    there, expected = sum(result.counts), _expected(result)
+    texts = [f"**incomplete: {there} of {expected} cells**"] if there < expected else []
+    if result.request.is_cut:
+        texts.append("**a trial, not a result**")
+    return [[text, *[""] * (width - 1)] for text in texts]
+
+
+def _trial(result: Result) -> str:
+    if not result.request.is_cut:
+        return ""
+    setting, recipe = result.request.setting, result.request.setting.declared.recipe
+    named = recipe.steps if recipe.steps is not None else f"the steps of {recipe.epochs} epochs"
+    cuts = [f"{setting.steps} of {named} steps"] if setting.steps is not None else []
+    cuts += [f"{setting.items} items of each test"] if setting.items is not None else []
+    cuts += [f"at most {result.request.max_cells} cells"] if result.request.max_cells is not None else []
+    what = ", ".join(cuts) or "its base model is cut short"
+    return f"**A trial, not a result: {what}.** It shows that the commands run."
+
+
+def _how(result: Result) -> str:
+    """How the numbers came about, in a few sentences."""
+    if result.experiment.kind != "train":
+        return ""
+    tier = result.request.setting.declared
+    recipe = tier.recipe
+    length = f"{result.request.setting.steps or recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
+    text = (
+        "Accuracy in percent, mean over the seeds there are; in parentheses 95 % intervals over items and, where there "
+        "are several, seeds. "
+        "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
+        f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
+        "rows. *against SMT*: points, paired over items; *tie* where the whole interval lies within ±2 points, "
+        "*undecided* where it holds zero and more. *other text*: loss on held-out text of another kind."
+    )
+    leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
+    if leaked:
+        text += f" † questions of {', '.join(leaked)} are among the training rows too."
+    return text
+
+
+def _published(experiment: Experiment) -> str:
+    if experiment.published is None:
+        return ""
+    table = _markdown(experiment.published.columns, experiment.published.rows)
+    return f"## The paper's own numbers\n\nPrinted in He et al. 2024 (arXiv:2405.15525); not run here.\n\n{table}"
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _accuracy(result: Result) -> Table:
+    tests = list(dict.fromkeys(test for _, records in result.present for test in records[0]["metrics"]["tests"]))
+    leaked = {task for _, records in result.present for record in records for task in _leaked(record)}
+    several = len(result.experiment.families) > 1
+    heads = [*["task"] * several, "model", "method", "trained", "rate"]
+    heads += [f"{test} †" if test in leaked else test for test in tests]
+    heads += ["AVG (95 %)", *["AVG, leak-free"] * bool(leaked), "against SMT", "other text", "seeds", "cells"]
+    rows = []
+    for arm, records, count in zip(result.arms, result.found, result.counts):
+        row = [*[arm.family] * several, arm.model, arm.row.label]
+        ends = [f"{len(records)} of {len(arm.seeds)}", f"{count} of {arm.n_cells}"]
+        if not records:
+            rows.append([*row, *[DASH] * (len(heads) - len(row) - 2), *ends])
+            continue
+        by_test = accuracies(records)
+        free = [estimate for test, estimate in by_test.items() if test not in leaked]
+        other = [record["metrics"]["other_text_loss"] for record in records]
+        row += [
+            trained_share(records[0]),
+            f"{records[0]['config']['learning_rate']:g}" if arm.row.method != "base" else DASH,
+        ]
+        row += [_percent(by_test.get(test)) for test in tests]
+        row += [_with_interval(mean(list(by_test.values())))]
+        row += [_with_interval(mean(free)) if free else DASH] * bool(leaked)
+        row += [_against(arm, records, result), f"{fmean(other):.3f}" if None not in other else DASH]
+        rows.append([*row, *ends])
+    return heads, rows
+
+
+def _scaling(result: Result) -> Table:
+    budgets = list(dict.fromkeys(arm.budget for arm in result.arms))
+    heads = ["model", "method", *map(budget_text, budgets), "cells"]
+    rows: dict[tuple[str, str], list[str]] = {}
+    counts: dict[tuple[str, str], list[int]] = {}
+    for arm, records, count in zip(result.arms, result.found, result.counts):
+        key = (arm.model, arm.row.label)
+        row = rows.setdefault(key, [DASH] * len(budgets))
+        if records:
+            row[budgets.index(arm.budget)] = _with_interval(mean(list(accuracies(records).values())))
+        there, expected = counts.setdefault(key, [0, 0])
+        counts[key] = [there + count, expected + arm.n_cells]
+    return heads, [[*key, *row, "{} of {}".format(*counts[key])] for key, row in rows.items()]
+
+
+def _plans(result: Result) -> Table:
+    heads = ["model", "method", "blocks", "trained", "share of Q, K, V", "frozen matrices of Q, K, V", "cells"]
+    rows = []
+    for arm, records, count in zip(result.arms, result.found, result.counts):
+        cells = f"{count} of {arm.n_cells}"
+        if not records:
+            rows.append([arm.model, arm.row.label, *[DASH] * 4, cells])
+            continue
+        kinds = projections(Plan.from_dict(records[0]["plan"]))
+        shares = ", ".join(f"{kind.share:.1%}" for kind in kinds)
+        frozen = ", ".join(f"{kind.frozen} of {kind.frozen + kind.trained}" for kind in kinds)
+        blocks = f"{records[0]['metrics']['blocks']:,}"
+        rows.append([arm.model, arm.row.label, blocks, trained_share(records[0]), shares, frozen, cells])
+    return heads, rows
+
+
+def _times(result: Result) -> Table:
+    heads = ["model", "method", "trained", "steps", "time of a step (s)", "speed-up", "cells"]
+    seconds = {
+        id(arm): fmean(records[0]["measured"]["step_seconds"])
+        for arm, records in zip(result.arms, result.found)
+        if records
+    }
+    full = {arm.model: seconds[id(arm)] for arm in result.arms if arm.row.method == "full" and id(arm) in seconds}
+    rows = []
+    for arm, records, count in zip(result.arms, result.found, result.counts):
+        cells = f"{count} of {arm.n_cells}"
+        if not records:
+            rows.append([arm.model, arm.row.label, *[DASH] * 4, cells])
+            continue
+        own = seconds[id(arm)]
+        steps = f"{records[0]['metrics']['steps']:,}"
+        speedup = f"{full[arm.model] / own:.2f}×" if arm.model in full else DASH
+        rows.append([arm.model, arm.row.label, trained_share(records[0]), steps, f"{own:.4f}", speedup, cells])
+    return heads, rows
+
+
+def _memory(result: Result) -> Table:
+    parts = ["base", "trained", "gradients", "optimizer", "originals", "activations"]
+    heads = ["model", "method", "trained", *[f"{part}, GB" for part in parts], "total, GB", "against full"]
+    heads += ["with the paper's bf16, GB", "against full", "cells"]
+    totals = {(arm.model, arm.row.label, arm.budget): records[0]["metrics"] for arm, records in result.present}
+    full = {
+        model: metrics
+        for (model, _, _), metrics in totals.items()
+        if metrics["trained_parameters"] == metrics["total_parameters"]
+    }
+    rows = []
+    for arm, records, count in zip(result.arms, result.found, result.counts):
+        cells = f"{count} of {arm.n_cells}"
+        if not records:
+            rows.append([arm.model, arm.row.label, *[DASH] * 11, cells])
+            continue
+        metrics = records[0]["metrics"]
+        row = [arm.model, arm.row.label, trained_share(records[0]), *[_gb(metrics[part]) for part in parts]]
+        for total in ("total", "with_paper_dtypes"):
+            ratio = metrics[total] / full[arm.model][total] - 1 if arm.model in full else None
+            row += [_gb(metrics[total]), DASH if ratio is None else f"{100 * ratio:+.0f} %".replace("-", "−")]
+        rows.append([*row, cells])
+    return heads, rows
+
+
+LAYOUTS: dict[str, Callable[[Result], Table]] = {
+    "accuracy": _accuracy,
+    "scaling": _scaling,
+    "curve": _scaling,
+    "blocks": _plans,
+    "shares": _plans,
+    "time": _times,
+    "memory": _memory,
+}
+
+
+def claims(result: Result) -> str:
+    """The paper's memory claims with what was counted and a verdict; "" at a scale that they are not about."""
+    counted = {(arm.model, arm.row.label, arm.budget): records[0]["metrics"] for arm, records in result.present}
+    rows = []
+    for dtypes, key in (("fp32", "total"), ("bf16, as the paper", "with_paper_dtypes")):
+        full, smt = (counted.get(("llama-7b", *name)) for name in (("Full fine-tuning", 1.0), ("SMT", 0.0084)))
+        if full is not None and smt is not None:
+            saved = 1 - smt[key] / full[key]
+            rows.append(["67 % less than full, LLaMA-7B", dtypes, f"{100 * saved:.0f} % less", _holds(saved >= 0.67)])
+            rows.append(["LLaMA-7B below 20 GB", dtypes, f"{_gb(smt[key])} GB", _holds(smt[key] < 20 * GB)])
+        smt, lora = (counted.get(("llama-13b", name, 0.01)) for name in ("SMT", "LoRA"))
+        if smt is not None and lora is not None:
+            less = lora[key] - smt[key]
+            text = f"{abs(less) / MB:,.0f} MB {'less' if less > 0 else 'more'}"
+            rows.append(["LLaMA-13B, 1 %: about 250 MB less than LoRA", dtypes, text, _holds(less >= 200 * MB)])
+    return (
+        _markdown(["the paper's claim", "trained values, gradients, moments in", "counted", ""], rows) if rows else ""
+    )
+
+
+def _holds(yes: bool) -> str:
+    return "holds" if yes else "**does not hold**"
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
+    path, rates = (folder / f"{result.experiment.name}{end}.png" for end in ("", "-rates"))
+    accuracy_bars(
+        {_name(arm, result): accuracies(records) for arm, records in result.present}, path, title=_title(result)
+    )
+    swept = {}
+    for arm in result.arms:
+        found = [(rate, result.store.find(cell)) for rate, cell in zip(arm.rates, arm.sweep())]
+        points = [(rate, _validation(record)) for rate, record in found if record is not None]
+        if len(arm.rates) > 1 and len(points) > 1:
+            swept[_name(arm, result)] = points
+    if not swept:
+        return [path]
+    curves(swept, rates, x="learning rate", y="accuracy on held-out training rows", title=_title(result), log=True)
+    return [path, rates]
+
+
+def _validation(record: Record) -> Estimate:
+    validation = record["metrics"]["validation"]
+    if not validation["items"]:
+        return Estimate(0.0, 0.0, 0.0)
+    return accuracy_over_seeds(
+        [[True] * validation["correct"] + [False] * (validation["items"] - validation["correct"])]
+    )
+
+
+def _curve_figures(result: Result, folder: Path) -> list[Path]:
+    path = folder / f"{result.experiment.name}.png"
+    ours: dict[str, list[tuple[float, Estimate]]] = {}
+    for arm, records in result.present:
+        metrics = records[0]["metrics"]
+        point = (
+            100 * metrics["trained_parameters"] / metrics["total_parameters"],
+            mean(list(accuracies(records).values())),
+        )
+        ours.setdefault(f"{arm.row.label}, {arm.model}", []).append(point)
+    curves(ours, path, x="trained parameters, %", y="accuracy", title=_title(result))
+    paper = folder / f"{result.experiment.name}-paper.png"
+    published = result.experiment.published
+    if published is None:
+        return [path]
+    theirs = {
+        f"{row[1]}, {row[0]}": [
+            (float(column), Estimate(*[float(str(value).rstrip("*")) / 100] * 3))
+            for column, value in zip(published.columns[2:], row[2:])
+        ]
+        for row in published.rows
+    }
+    curves(theirs, paper, x="trained parameters, %", y="accuracy", title="The paper's own numbers")
+    return [path, paper]
+
+
+def _plan_figures(result: Result, folder: Path) -> list[Path]:
+    draw = block_map if result.experiment.layout == "blocks" else projection_shares
+    paths = []
+    for number, (_, records) in enumerate(result.present):
+        paths.append(folder / f"{result.experiment.name}{f'-{number + 1}' * bool(number)}.png")
+        draw(Plan.from_dict(records[0]["plan"]), paths[-1])
+    return paths
+
+
+def _bars_of(value: Callable[[Record], float], x: str) -> Callable[[Result, Path], list[Path]]:
+    def draw(result: Result, folder: Path) -> list[Path]:
+        path = folder / f"{result.experiment.name}.png"
+        values = {
+            f"{arm.row.label} {budget_text(arm.budget)}, {arm.model}": value(records[0])
+            for arm, records in result.present
+        }
+        bars(values, path, x=x, title=_title(result))
+        return [path]
+
+    return draw
+
+
+FIGURES: dict[str, Callable[[Result, Path], list[Path]]] = {
+    "accuracy": _accuracy_figures,
+    "scaling": _curve_figures,
+    "curve": _curve_figures,
+    "blocks": _plan_figures,
+    "shares": _plan_figures,
+    "time": _bars_of(lambda record: fmean(record["measured"]["step_seconds"]), "seconds of a step"),
+    "memory": _bars_of(lambda record: record["metrics"]["total"] / GB, "GB of a step"),
+}
+
+
+def _title(result: Result) -> str:
+    trial = "A trial, not a result: " if result.request.is_cut else ""
+    return f"{trial}{result.experiment.title}"
+
+
+def _name(arm: Arm, result: Result) -> str:
+    """Distinct for every arm of the table."""
+    same = [each for each in result.arms if each.row.label == arm.row.label]
+    parts = [arm.row.label]
+    parts += [arm.model] * (len({each.model for each in same}) > 1)
+    parts += [arm.family] * (len({each.family for each in same}) > 1)
+    return ", ".join(parts)
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def accuracies(records: Sequence[Record]) -> dict[str, Estimate]:
+    """By test, the mean over seeds with its interval."""
+    runs = [_right(record) for record in records]
+    return {test: accuracy_over_seeds([run[test] for run in runs]) for test in runs[0]}
+
+
+def _right(record: Record) -> dict[str, list[bool]]:
+    by_test: dict[str, list[bool]] = {}
+    for item in record["items"]:
+        by_test.setdefault(item["task"], []).append(item["correct"])
+    return by_test
+
+
+def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
+    """The difference from SMT of the same budget, model and family, or of the first SMT there is."""
+    others = [
+        (other, found)
+        for other, found in result.present
+        if (other.family, other.model, other.row.method) == (arm.family, arm.model, "smt") and not _is_variant(other)
+    ]
+    others.sort(key=lambda pair: pair[0].budget != arm.budget)
+    if not others or others[0][0] is arm:
+        return DASH
+    a, b = ([_right(record) for record in each] for each in (records, others[0][1]))
+    differences = [
+        difference_over_seeds([run[test] for run in a], [run[test] for run in b]).difference
+        for test in a[0]
+        if test in b[0]
+    ]
+    total = mean(differences)
+    low, high = 100 * total.low, 100 * total.high
+    return f"{100 * total.value:+.1f} ({low:+.1f} to {high:+.1f}), *{verdict(total)}*".replace("-", "−")
+
+
+def _is_variant(arm: Arm) -> bool:
+    row = arm.row
+    return row.shuffled or row.criterion != "abs_of_sum" or row.targets is not None or row.shares is not None
+
+
+def _leaked(record: Record) -> list[str]:
+    return [task for task, count in record.get("overlap", {}).items() if count]
+
+
+def trained_share(record: Mapping[str, Any]) -> str:
+    metrics = record["metrics"]
+    return f"{100 * metrics['trained_parameters'] / metrics['total_parameters']:.3g} %"
+
+
+def _percent(estimate: Estimate | None) -> str:
+    return DASH if estimate is None else f"{100 * estimate.value:.1f}"
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / GB:.3g}" if n_bytes < GB else f"{n_bytes / GB:.1f}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *lines])
+
+
+def _csv(heads: Sequence[str], rows: Sequence[Sequence[str]], experiment: Experiment) -> str:
+    """Ours, an empty line, the paper's; the first column says whose a row is."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["source", *heads], *(["smtune", *row] for row in rows)])
+    if experiment.published is not None:
+        writer.writerows([[], ["source", *experiment.published.columns]])
+        writer.writerows(["paper", *row] for row in experiment.published.rows)
+    return text.getvalue()

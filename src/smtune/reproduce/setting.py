@@ -1,0 +1,184 @@
+"""What a call of `smtune reproduce` fixes for all its cells: the tier, where its data is, and what is cut short.
+
+Data is read and hashed once; the overlap of training and test questions is counted here. Imports the data, the models
+and the evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from smtune.data import count_overlap, question_key, read_rows
+from smtune.errors import InputError
+from smtune.evaluation import TASKS, Item, load_items, resolve_tasks
+from smtune.models import fingerprint
+from smtune.reproduce import mini
+from smtune.reproduce.cells import Record
+from smtune.reproduce.declared import Family, Tier, load_tier
+
+OTHER_TEXT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A call's choices.
+
+    Attributes:
+        tier: its name.
+        data: a folder with data. None: what the package and the hub have.
+        steps, items: fewer than the tier's, for a trial; what comes of one is no result.
+    """
+
+    tier: str
+    data: str | None = None
+    steps: int | None = None
+    items: int | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        return self.steps is not None or self.items is not None or (self.tier == "mini" and mini.is_cut())
+
+    @property
+    def declared(self) -> Tier:
+        return load_tier(self.tier)
+
+    def model_name(self, model: str) -> str:
+        """For `smtune.models`: the tier's own model is a folder here."""
+        name = self.declared.models[model].name
+        return str(mini.folder()) if name == "mini" else name
+
+    def base(self, model: str, family: str) -> Record:
+        """What the cells of a model and a family share."""
+        tier = self.declared
+        data, evaluation = load_data(self, family), tier.evaluation
+        recipe = tier.recipe.model_dump(exclude_none=True)
+        if self.steps is not None:
+            recipe.pop("epochs", None)
+            recipe["steps"] = self.steps
+        return {
+            "tier": self.tier,
+            "model": model,
+            "weights": weights(self, model),
+            "dtype": tier.dtype,
+            "block_size": tier.block_size,
+            "family": family,
+            "data": data.identity,
+            "recipe": recipe,
+            "evaluation": evaluation.model_dump(exclude={"items"}),
+        }
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows and items of a family.
+
+    Attributes:
+        train, validation: rows in their order; the latter are held out of the former.
+        tests: the test items.
+        validation_items: the validation rows that name their task, as items.
+        other_text: rows of plain text that none of the training is about.
+        overlap: by test, how many questions are among the training rows too.
+        identity: hashes of all of them.
+    """
+
+    train: list[Record]
+    validation: list[Record]
+    tests: list[Item]
+    validation_items: list[Item]
+    other_text: list[Record]
+    overlap: dict[str, int]
+    identity: Record
+
+    def overlap_text(self) -> str:
+        """The overlap in words."""
+        found = [f"{task} {count}" for task, count in self.overlap.items() if count]
+        marked = f" ({', '.join(found)}): these tests are marked" if found else ""
+        count, asked = sum(self.overlap.values()), f"{len(self.tests):,} test questions"
+        return f"{count} of {asked} are among {len(self.train):,} training rows{marked}"
+
+
+@cache
+def weights(setting: Setting, model: str) -> str:
+    """Names the weights of a model; of one on the hub by its name, for its revision is known only there."""
+    name = setting.declared.models[model].name
+    return fingerprint(setting.model_name(model)) if setting.declared.scale == "embedded" else name
+
+
+@cache
+def load_data(setting: Setting, family: str) -> Data:
+    """Read, split and hash. Raises InputError for data that is not there."""
+    tier = setting.declared
+    declared = _family(setting, family)
+    rows = [row for source in declared.train for row in _rows(setting, source)]
+    places = list(range(len(rows)))
+    random.Random("validation").shuffle(places)
+    n_held_out = min(setting.items or tier.evaluation.validation_rows, len(rows) // 5)
+    held_out = set(places[:n_held_out])
+    train = [row for place, row in enumerate(rows) if place not in held_out]
+    validation = [rows[place] for place in sorted(held_out)]
+    # A question that stands twice must not be on both sides.
+    asked = {question_key(str(row.get("instruction"))) for row in validation}
+    train = [row for row in train if question_key(str(row.get("instruction"))) not in asked]
+    limit = setting.items or tier.evaluation.items
+    folder = None if setting.data is None else Path(setting.data) / tier.tests_folder
+    tests = [item for task in resolve_tasks(declared.tests) for item in load_items(task, folder, limit)]
+    validation_items = [
+        Item(TASKS[row["task"]], place, row["instruction"], row.get("input") or "", str(row["answer"]))
+        for place, row in enumerate(validation)
+        if row.get("task") in TASKS and row.get("answer")
+    ]
+    overlap = {
+        task: count_overlap(train, [_question(item) for item in tests if item.task.name == task])
+        for task in dict.fromkeys(item.task.name for item in tests)
+    }
+    other = [text for source in declared.other_text for text in map(mini.text_of, read_rows(source))]
+    other = [text for text in other if mini.is_held_out(text)][: setting.items or OTHER_TEXT_ROWS]
+    return Data(
+        train=train,
+        validation=validation,
+        tests=tests,
+        validation_items=validation_items,
+        other_text=[{"text": text} for text in other],
+        overlap=overlap,
+        identity={
+            "train": _hash([[row.get(key) for key in ("instruction", "input", "output")] for row in train]),
+            "validation": _hash(
+                [row.get("instruction") for row in validation] + [item.key for item in validation_items]
+            ),
+            "tests": _hash([item.key for item in tests]),
+            "other_text": _hash(other),
+        },
+    )
+
+
+def _family(setting: Setting, family: str) -> Family:
+    tier = setting.declared
+    declared = tier.folder if setting.data is not None and tier.folder else tier.families
+    return declared[family]
+
+
+def _rows(setting: Setting, source: str) -> list[Record]:
+    """The rows of a source; one in a folder is of the task that its file is named after, where there is one."""
+    is_file = source.endswith((".json", ".jsonl"))
+    if is_file and setting.data is None:
+        raise InputError(
+            f"Expected --data with a folder that holds {source}. Got none: `git clone "
+            "https://github.com/AGI-Edgerunners/LLM-Adapters` has the paper's data."
+        )
+    rows = read_rows(Path(setting.data or "") / source if is_file else source)
+    stem = Path(source).stem
+    return [{"task": stem, **row} if is_file and stem in TASKS else dict(row) for row in rows]
+
+
+def _question(item: Item) -> Record:
+    return {"instruction": item.instruction, "input": item.input}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]

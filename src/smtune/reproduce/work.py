@@ -1,0 +1,243 @@
+"""Run one cell: build, train, evaluate; or select, time, count. What comes out is the record of `store`.
+
+`metrics` and the items are the same to the last bit when a cell is run again on the same machine with the same number
+of threads; `measured` holds what is not: seconds and memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+
+from smtune.bench.measure import step as timed_step
+from smtune.data import Collator, prepare
+from smtune.evaluation import answer_loss, evaluate
+from smtune.models import load_model, load_tokenizer, resolve
+from smtune.reproduce import arms, memory, mini
+from smtune.reproduce.cells import Cell, Record
+from smtune.reproduce.setting import Data, Setting, load_data
+from smtune.reproduce.train import count_steps, fit, micro_batches
+from smtune.selection import Plan
+from smtune.training.environment import describe_environment
+
+TIMED_STEPS, WARMUP_STEPS = 1000, 500
+"""Of the paper's protocol (§3.3); a recipe of fewer steps times all of them, after a tenth as warm-up."""
+
+OnStep = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell gave: the first line of its file without its identity, and the answered items."""
+
+    record: Record
+    items: list[Record]
+
+
+def run_cell(
+    cell: Cell, setting: Setting, device: str | None = None, on_step: OnStep = lambda step, steps: None
+) -> Outcome:
+    """Run a cell to its end.
+
+    Args:
+        cell: any of the setting's tier.
+        device: None: the accelerator where there is one.
+        on_step: called with (steps done, steps in all).
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = str(accelerator or "cpu")
+    started = time.perf_counter()
+    set_seed(cell.config["seed"])
+    kind = cell.config["kind"]
+    outcome = KINDS[kind](cell.config, setting, torch.device(device), on_step)
+    outcome.record["measured"]["seconds"] = round(time.perf_counter() - started, 2)
+    environment = describe_environment(torch.device(device), cell.config["seed"])
+    return Outcome({"environment": environment, **outcome.record}, outcome.items)
+
+
+# The four kinds -------------------------------------------------------------------------------------------------------
+
+
+def _train(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
+    data = load_data(setting, config["family"])
+    tokenizer = _tokenizer(setting, config["model"])
+    model: Any = _base(config, setting, device)
+    total_parameters = sum(parameter.numel() for parameter in model.parameters())
+    metrics: Record = {"total_parameters": total_parameters, "trained_parameters": 0}
+    measured: Record = {}
+    plan = None
+    started = time.perf_counter()
+    if config["method"] != "base":
+        recipe = config["recipe"]
+        rows, _ = prepare(data.train, tokenizer, max_length=recipe["max_length"])
+        steps = count_steps(recipe, len(rows))
+        collator = _collator(tokenizer)
+        arm = arms.build(model, config, micro_batches(rows, collator, recipe, config["seed"], device))
+        measured["preparing_seconds"] = round(time.perf_counter() - started, 2)
+        started = time.perf_counter()
+        stream = micro_batches(rows, collator, recipe, config["seed"], device)
+        autocast = config["dtype"] == "bfloat16" and arms.starts_in_fp32(config["method"])
+        losses = fit(arm, stream, recipe, steps, config["learning_rate"], autocast, lambda step: on_step(step, steps))
+        measured["training_seconds"] = round(time.perf_counter() - started, 2)
+        plan, model = arm.plan, arm.model
+        last = losses[-max(1, len(losses) // 10) :]
+        metrics |= {
+            "trained_parameters": sum(parameter.numel() for parameter in arm.trained),
+            "steps": len(losses),
+            "train_loss": _finite(fmean(last)),
+        }
+    metrics["finite"] = metrics.get("train_loss", 0.0) is not None
+    if config["dtype"] == "float32" and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()  # as one would use it, and without adapters in every generated token
+    started = time.perf_counter()
+    items = _evaluate(model, tokenizer, data, config, metrics)
+    measured["evaluation_seconds"] = round(time.perf_counter() - started, 2)
+    if device.type == "cuda":
+        measured["peak_memory"] = torch.cuda.max_memory_allocated(device)
+    return Outcome(_record(metrics, measured, plan, data), items)
+
+
+def _select(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
+    data = load_data(setting, config["family"])
+    tokenizer = _tokenizer(setting, config["model"])
+    model = _base(config, setting, device)
+    rows, _ = prepare(data.train, tokenizer, max_length=config["recipe"]["max_length"])
+    started = time.perf_counter()
+    batches = micro_batches(rows, _collator(tokenizer), config["recipe"], config["seed"], device)
+    plan = arms.make_plan(model, config, batches)
+    metrics = {"trained_parameters": plan.n_params, "total_parameters": plan.total_params, "blocks": plan.n_blocks}
+    return Outcome(_record(metrics, {"scoring_seconds": round(time.perf_counter() - started, 2)}, plan, data), [])
+
+
+def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
+    data = load_data(setting, config["family"])
+    tokenizer = _tokenizer(setting, config["model"])
+    recipe = config["recipe"]
+    rows, _ = prepare(data.train, tokenizer, max_length=recipe["max_length"])
+    collator = _collator(tokenizer)
+    model = _base(config, setting, device)
+    # Blocks at random places, the worst case: where they are changes no other cost.
+    plan = arms.count_plan(model, config) if config["method"] == "smt" else None
+    arm = arms.build(model, config, None, plan)
+    steps = min(TIMED_STEPS, count_steps(recipe, len(rows)))
+    warmup = min(WARMUP_STEPS, max(1, steps // 10))
+    stream = micro_batches(rows, collator, recipe, config["seed"], device)
+    parts = recipe["batch_size"] // recipe["micro_batch_size"]
+    seconds = []
+    arm.model.train()
+    for step in range(warmup + steps):
+        taken = [sum(timed_step(arm, next(stream)).values()) for _ in range(parts)]
+        seconds.append(sum(taken))
+        on_step(step + 1, warmup + steps)
+    trained = sum(parameter.numel() for parameter in arm.trained)
+    total = sum(parameter.numel() for parameter in _base(config, setting, torch.device("cpu")).parameters())
+    metrics = {"trained_parameters": trained, "total_parameters": total, "steps": steps}
+    measured = {"step_seconds": [round(one, 5) for one in seconds[warmup:]]}
+    return Outcome(_record(metrics, measured, None, data), [])
+
+
+def _memory(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
+    recipe = config["recipe"]
+    built = architecture(setting, config["model"])
+    counted = memory.count(built, config, recipe["micro_batch_size"], recipe["max_length"])
+    return Outcome(_record(counted.to_dict(), {}, None, None), [])
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any], Setting, torch.device, OnStep], Outcome]] = {
+    "train": _train,
+    "select": _select,
+    "time": _time,
+    "memory": _memory,
+}
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def architecture(setting: Setting, name: str) -> PreTrainedConfig:
+    """Of a model of the tier: the one written by hand where there is one, else its own."""
+    declared = setting.declared.models[name]
+    if declared.name == "mini":
+        return LlamaConfig(**mini.ARCHITECTURE, vocab_size=mini.VOCABULARY)
+    if declared.architecture is not None:
+        return LlamaConfig(**declared.architecture)
+    return AutoConfig.from_pretrained(resolve(declared.name))
+
+
+def _record(metrics: Record, measured: Record, plan: Plan | None, data: Data | None) -> Record:
+    record: Record = {"metrics": metrics, "measured": measured}
+    if data is not None:
+        record["overlap"] = data.overlap
+    if plan is not None:
+        record["plan"] = plan.to_dict()
+    return record
+
+
+def _base(config: Mapping[str, Any], setting: Setting, device: torch.device) -> nn.Module:
+    dtype = "float32" if arms.starts_in_fp32(config["method"]) else config["dtype"]
+    return memory.prepared(load_model(setting.model_name(config["model"]), dtype, device))
+
+
+@cache
+def _tokenizer(setting: Setting, model: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(setting.model_name(model))
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
+    pad_id: Any = tokenizer.pad_token_id
+    return Collator(pad_id)
+
+
+def _evaluate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, config: Mapping[str, Any], metrics: Record
+) -> list[Record]:
+    """Fill in the losses and accuracies; return the answered test items."""
+    evaluation, length = config["evaluation"], config["recipe"]["max_length"]
+
+    def answers(items: list[Any]) -> Any:
+        return evaluate(
+            model,
+            tokenizer,
+            items,
+            protocol=evaluation["protocol"],
+            model_id=config["weights"],
+            batch_size=evaluation["batch_size"],
+        )
+
+    def loss(rows: list[Record]) -> float | None:
+        if not rows:
+            return None
+        encoded, _ = prepare(rows, tokenizer, max_length=length)
+        return _finite(answer_loss(model, tokenizer, encoded, evaluation["batch_size"]))
+
+    model.config.use_cache = True
+    validated = answers(data.validation_items).results if data.validation_items else []
+    tested = answers(data.tests)
+    metrics["validation"] = {"correct": sum(item.correct for item in validated), "items": len(validated)}
+    metrics["validation_loss"] = loss(data.validation)
+    metrics["other_text_loss"] = loss(data.other_text)
+    metrics["tests"] = {
+        task.task: {"correct": task.correct, "items": task.n, "unparsed": task.unparsed, "truncated": task.truncated}
+        for task in tested.summary.tasks
+    }
+    return [_item(result) for result in tested.results]
+
+
+def _item(result: Any) -> Record:
+    kept = ("task", "index", "answer", "prediction", "correct", "completion", "log_probs")
+    return {name: getattr(result, name) for name in kept if getattr(result, name) is not None or name == "prediction"}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
