@@ -31,6 +31,7 @@ __all__ = [
 if find_spec("peft") is not None:
     from smtune.tuner import (
         SMTConfig,
+        dequantize,
         get_smt_model,
         make_plan,
         preprocess_smt,
@@ -40,6 +41,7 @@ if find_spec("peft") is not None:
 
     __all__ += [
         "SMTConfig",
+        "dequantize",
         "get_smt_model",
         "make_plan",
         "preprocess_smt",

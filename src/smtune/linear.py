@@ -53,7 +53,7 @@ def block_linear(
         (..., O) in x's dtype (autocast's under autocast).
     Cost: 2·N·O·I FLOP forward; the same for dX, plus 2·N·m·l², backward.
     Saves: W by reference and N·U·l values of x, U the number of kept block columns. Under autocast W is cast
-        again in the backward rather than kept as a second copy.
+        again in the backward, some columns at a time, rather than kept as a second copy.
     """
     x = _autocast(x)
     if not (torch.is_grad_enabled() and blocks.requires_grad):
@@ -86,12 +86,29 @@ class _BlockLinear(torch.autograd.Function):
         weight, x_used = ctx.saved_tensors
         grad_x = grad_bias = grad_blocks = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ view_OI(weight, ctx.transposed).to(grad_y.dtype)
+            grad_x = _input_grad(grad_y, view_OI(weight, ctx.transposed))
         if ctx.needs_input_grad[2]:
             grad_bias = flatten(grad_y).sum(0)
         if ctx.needs_input_grad[3]:
             grad_blocks = block_grad_compact(grad_y, x_used, ctx.index).to(ctx.blocks_dtype)
         return grad_x, None, grad_bias, grad_blocks, None, None, None
+
+
+CAST_COLUMNS = 1024
+"""Of W, cast at a time in the backward of autocast: enough for a product at full speed."""
+
+
+def _input_grad(grad_y: Tensor, weight_OI: Tensor) -> Tensor:
+    """dX = dY W in dY's dtype. Where W has another, no (O, I) tensor of it is made, unless a compiler makes one."""
+    if weight_OI.dtype == grad_y.dtype or torch.compiler.is_compiling():
+        return grad_y @ weight_OI.to(grad_y.dtype)
+    in_features = weight_OI.shape[1]
+    grad_x = grad_y.new_empty(*grad_y.shape[:-1], in_features)
+    parts = grad_x.view(grad_y.shape[:-1].numel(), in_features).split(CAST_COLUMNS, dim=1)
+    grad_y = flatten(grad_y)
+    for part, columns in zip(parts, weight_OI.split(CAST_COLUMNS, dim=1)):
+        torch.mm(grad_y, columns.to(grad_y.dtype), out=part)
+    return grad_x
 
 
 def additive_block_linear(

@@ -43,6 +43,9 @@ from smtune.kernels import flatten
 DATA_FREE = ("weight", "random")
 """Criteria that need no batches."""
 
+FORWARD_ONLY = (*DATA_FREE, "activation")
+"""Criteria that need no backward."""
+
 ACCUMULATOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -287,6 +288,39 @@ def test_autocast(autocast_dtype):
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
     close_block_grad(blocks.grad, block_grad_reference(grad_y, x.detach().to(autocast_dtype), index), autocast_dtype)
+
+
+class Born(TorchDispatchMode):
+    """Shapes and dtypes of all tensors that operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.seen.add((tuple(output.shape), output.dtype))
+        return output
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("in_features", [640, 1600])
+def test_autocast_makes_no_second_weight_in_the_backward(in_features, transposed, monkeypatch):
+    monkeypatch.setattr("smtune.linear.CAST_COLUMNS", 256)  # of which neither is a multiple
+    index = BlockIndex.from_pairs(BlockGrid(512, in_features, 64), [(0, 1), (3, 1), (7, 9)])
+    x, weight = torch.randn(2, 5, in_features, requires_grad=True), torch.randn(512, in_features)
+    blocks = gather(weight, index).requires_grad_()
+    stored = weight.T.contiguous() if transposed else weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block_linear(x, stored, None, blocks, index, transposed=transposed)
+    grad_y = torch.randn_like(y)
+    with Born() as born:
+        y.backward(grad_y)
+    assert x.grad is not None
+    assert torch.equal(x.grad, (grad_y @ weight.bfloat16()).float())
+    matrices = {shape for shape, dtype in born.seen if dtype == torch.bfloat16 and 512 in shape and len(shape) == 2}
+    assert matrices - {(10, 512)} == {(512, 256), (512, in_features % 256)}
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -176,15 +176,21 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="float32 keeps every bit of what was trained; bfloat16 rounds the blocks.")
     ] = "float32",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Make a quantised base dense first, which keeps all that was trained.")
+    ] = False,
 ) -> None:
     """Write an adapter's blocks into its base model: a plain checkpoint that loads without smtune."""
-    from smtune.models import load_model, load_tokenizer, quiet
+    import smtune
+    from smtune.models import DTYPES, load_model, load_tokenizer, quiet
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"Expected a new or empty folder. {output} is not: choose another.")
     model: Any = load_model(adapter, dtype)
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"Expected an adapter. {adapter} is a whole model already.")
+    if dequantize:
+        model = smtune.dequantize(model, DTYPES[dtype])
     merged = model.merge_and_unload(safe_merge=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))

@@ -8,6 +8,7 @@ from smtune.tuner.config import SMTConfig
 from smtune.tuner.layer import SMTLayer, SMTLinear
 from smtune.tuner.model import SMTModel
 from smtune.tuner.plan import get_smt_model, make_plan, preprocess_smt, score_blocks, select_blocks
+from smtune.tuner.quantised import dequantize
 from smtune.tuner.register import register
 
 register()
@@ -17,6 +18,7 @@ __all__ = [
     "SMTLayer",
     "SMTLinear",
     "SMTModel",
+    "dequantize",
     "get_smt_model",
     "make_plan",
     "preprocess_smt",

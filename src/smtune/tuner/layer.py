@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smtune.blocks import BlockColumns, BlockIndex, gather, scatter_
 from smtune.errors import InputError
 from smtune.linear import TakeColumns, additive_block_linear, block_linear
+from smtune.tuner.quantised import dense_weight
 from smtune.tuner.sharing import SharedInput
 from smtune.weights import is_transposed, shape_OI, view_OI
 
@@ -150,9 +150,8 @@ class SMTLinear(nn.Module, SMTLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters = []
         self._name = name
-        self._is_dense = is_dense(base_layer)
         # Resident mode takes the place of the layer's own forward, so it has to be the plain product.
-        can_be_resident = self._is_dense and _is_plain(base_layer)
+        can_be_resident = self.is_dense and _is_plain(base_layer)
         if mode == "resident" and not can_be_resident:
             raise InputError(
                 f"Expected a plain nn.Linear or Conv1D with a dense floating weight for resident mode. Got "
@@ -171,6 +170,11 @@ class SMTLinear(nn.Module, SMTLayer):
 
         self.register_state_dict_pre_hook(_restore_base)
         self.register_load_state_dict_post_hook(_take_originals)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the base's weight is an ordinary floating matrix that blocks can be written into."""
+        return is_dense(self.base_layer)
 
     # The adapters -----------------------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class SMTLinear(nn.Module, SMTLayer):
         Takes nothing from a weight that is elsewhere.
         """
         self.smt_originals = None
-        if self._union is None or not self._is_dense or not _is_here(self.base_layer.weight):
+        if self._union is None or not self.is_dense or not _is_here(self.base_layer.weight):
             return
         with torch.inference_mode(False):  # kept for later uses, which may be in training
             originals = gather(self._weight_OI(), self._union)
@@ -313,12 +317,12 @@ class SMTLinear(nn.Module, SMTLayer):
             return self._hooked(self.base_layer(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
         index, take = self._saving(adapters, x)
-        weight = self.base_layer.weight
-        if not (self.resident and _is_here(weight) and _is_plain(self.base_layer)):
+        base = self.base_layer
+        if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
-            return additive_block_linear(self.base_layer(x, *args, **kwargs), x, total, index, take)
+            return additive_block_linear(base(x, *args, **kwargs), x, total, index, take)
         self._stand(adapters, total)
-        y = block_linear(x, weight, self.base_layer.bias, total, index, take, self._transposed)
+        y = block_linear(x, base.weight, base.bias, total, index, take, self._transposed)
         return self._hooked(y, adapters, total)
 
     def _saving(self, adapters: _ActiveSet, x: Tensor) -> tuple[BlockIndex, TakeColumns | None]:
@@ -377,13 +381,13 @@ class SMTLinear(nn.Module, SMTLayer):
         adapters = self._adapters([*self.merged_adapters, *names])
         assert adapters is not None
         total = adapters.total(self._deltas(adapters))
-        values = self._values(adapters, total) if self._is_dense else total
+        values = self._values(adapters, total) if self.is_dense else total
         if safe_merge and not torch.isfinite(values).all():
             raise ValueError(
                 f"Expected finite weights. Got NaN or infinity on merging {', '.join(names)} at {self._name}: the "
                 f"adapter seems to be broken, or {self.base_layer.weight.dtype} too narrow for it."
             )
-        if self._is_dense:
+        if self.is_dense:
             scatter_(self._weight_OI(), adapters.index, values)
         else:
             self._merge_quantised(adapters, total)
@@ -407,13 +411,13 @@ class SMTLinear(nn.Module, SMTLayer):
         if backend is None or not backend.supports_merge:
             raise InputError(
                 f"Expected a base that can be quantised again. Got {type(self.base_layer).__name__} at {self._name}: "
-                "load the base in 16 or 32 bits and merge into that."
+                "make it dense with `smtune.dequantize(model)` first, or load the base in 16 or 32 bits."
             )
         # Quantising anew changes a layer's private state beside its weight, so the layer is put aside whole.
         if not self._put_aside:
             self._put_aside.append(self.base_layer)
         self.base_layer = copy.deepcopy(self._put_aside[0])
-        dense = dequantize_module_weight(self.base_layer).detach().clone()
+        dense = dense_weight(self.base_layer)
         scatter_(dense, adapters.index, gather(dense, adapters.index) + total.detach())
         backend.set_base_weight(self, dense)
 
@@ -451,6 +455,7 @@ def is_dense(layer: nn.Module) -> bool:
         and type(weight) in (nn.Parameter, Tensor)
         and type(weight.data) is Tensor
         and weight.is_floating_point()
+        and weight.dtype.itemsize > 1  # 8-bit floats have scales beside them
         and weight.dim() == 2
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from smtune.selection import Plan
 from smtune.tuner.config import SMTConfig
 from smtune.tuner.layer import SMTLayer, SMTLinear
 from smtune.tuner.plan import make_plan
+from smtune.tuner.quantised import check_backward, keep_trainable
 from smtune.tuner.sharing import SharedInput
 from smtune.tuner.targets import DEFAULT_TARGETS
 
@@ -41,6 +42,9 @@ class SMTModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._complete(model, config)
         self._check_block_size(adapter_name, config)
+        if not config.inference_mode:
+            check_backward(model)
+            keep_trainable(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _share_inputs(model)
 
@@ -97,9 +101,11 @@ class SMTModel(BaseTuner):
             target.update_layer(adapter_name, places, peft_config.init_weights)
             return
         layer = SMTLinear(target, self._mode(peft_config.mode, target, current_key), current_key)
-        if quantization_utils is not None and not layer._is_dense:
+        if quantization_utils is not None and not layer.is_dense:
             options = quantization_utils.get_quantization_kwargs(self.model)
-            layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
+            # peft refuses weights that torchao has quantised without transformers: these train, but do not merge.
+            with suppress(ValueError):
+                layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
         layer.update_layer(adapter_name, places, peft_config.init_weights)
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:

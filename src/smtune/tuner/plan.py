@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from smtune.depth import backward_costs
 from smtune.errors import InputError
-from smtune.scoring import Scores, score
+from smtune.scoring import FORWARD_ONLY, Scores, score
 from smtune.selection import ModulePlan, Plan, backward_cost, select, total_score
+from smtune.tuner.quantised import check_backward
 from smtune.tuner.targets import count_parameters, find_targets, model_name
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def score_blocks(
             "`model.unload()`."
         )
     targets = find_targets(model, config)
+    if config.criterion not in FORWARD_ONLY:
+        check_backward(model)
     with _progress(progress, config.warmup_steps, batches) as on_batch:
         scores = score(
             model,

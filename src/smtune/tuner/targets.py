@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from smtune.blocks import BlockGrid, resolve_block_size
@@ -20,6 +19,7 @@ from smtune.errors import InputError, did_you_mean
 from smtune.scoring import Target
 from smtune.selection import MIXED
 from smtune.tuner.layer import SMTLinear
+from smtune.tuner.quantised import dense_weight, is_quantised
 from smtune.weights import is_transposed, shape_OI, view_OI
 
 if TYPE_CHECKING:
@@ -209,8 +209,8 @@ def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
         if isinstance(module, SMTLinear):
             module.restore()
             base = module.base_layer
-        if not base.weight.is_floating_point():
-            return dequantize_module_weight(base).detach()
+        if is_quantised(base):
+            return dense_weight(base)
         return view_OI(base.weight.data, is_transposed(base))
 
     return weight
@@ -278,14 +278,11 @@ def count_parameters(model: nn.Module) -> int:
             if id(parameter) in seen or ".smt_blocks." in f".{name}.":
                 continue
             seen.add(id(parameter))
-            total += _logical_size(module, parameter_name, parameter)
+            if not (parameter_name == "weight" and is_quantised(module)):
+                total += math.prod(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor
+        if is_quantised(module):  # packed, or in no parameter at all
+            total += math.prod(shape_OI(module) or ())
     return total
-
-
-def _logical_size(module: Any, name: str, parameter: Tensor) -> int:
-    if name == "weight" and not parameter.is_floating_point() and hasattr(module, "in_features"):
-        return module.out_features * module.in_features  # 4-bit weights are packed
-    return math.prod(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor
 
 
 def model_name(model: nn.Module) -> str:
