@@ -64,7 +64,7 @@ _PER_LAYER = {"activation_sparsity_pattern", "attention_types", "layer_types"}
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Apertus": ("apertus", {}),
     "Arcee": ("arcee", {}),
-    "Bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
+    "Bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1, 3]}),
     "BitNet": ("bitnet", {}),
     "BLOOM": ("bloom", {}),
     "CodeGen": ("codegen", _GPT2 | {"rotary_dim": 4}),
