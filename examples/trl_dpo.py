@@ -36,7 +36,7 @@ def main(
     steps: int = 30,
 ):
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # fp32, as what is trained must be
+    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
     rows = Dataset.from_list(word_problems(400)) if data is None else Dataset.from_json(data)
     if adapter is None:
         policy, config = base, planned(smtune.SMTConfig(budget=0.0084, task_type="CAUSAL_LM"), base, rows, tokenizer)

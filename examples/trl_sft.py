@@ -16,7 +16,7 @@ from smtune.models import load_model, load_tokenizer
 
 def main(model: str = "smollm2-135m", data: str | None = None, output: str = "runs/sft", steps: int = 30):
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # fp32, as what is trained must be
+    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
     if data is None:
         rows = Dataset.from_list(
             [{"prompt": alpaca_prompt(row["instruction"]), "completion": row["output"]} for row in arithmetic(400)]

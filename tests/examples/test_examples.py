@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from torch import nn
 
 import smtune
 from smtune.blocks import gather
-from smtune.data import Collator
+from smtune.data import Collator, prepare
 from smtune.errors import InputError
-from smtune.models import load_model
+from smtune.models import load_model, load_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 4
@@ -99,6 +101,10 @@ def mode(request, monkeypatch):
 def fresh(base, plan):
     """The base with a new adapter of the plan."""
     return peft.get_peft_model(load_model(base), smtune.SMTConfig(task_type="CAUSAL_LM").with_plan(plan))
+
+
+def random_plan(base):
+    return smtune.make_plan(load_model(base), None, smtune.SMTConfig(criterion="random", budget=6))
 
 
 def blocks(model):
@@ -203,6 +209,35 @@ def test_lightning(base, rows, tmp_path, record, mode):
     assert_same(losses, smt, twin(same, [[b] for b in record.collated[:STEPS]], decay=False), same)
 
 
+@needs_lightning
+@pytest.mark.support("Trainers", row="Lightning", column="resume", against="a run that was never stopped, bit for bit")
+@pytest.mark.filterwarnings("ignore:.*num_workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tensorboardX.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_lightning_resumes_to_the_same_bits(base, rows, tmp_path):
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    module = load_example("lightning_module")
+    plan = random_plan(base)
+    data, _ = prepare(rows, load_tokenizer(base), max_length=64, limit=16)  # two batches an epoch
+
+    def fit(folder, checkpoint=None):
+        smt = fresh(base, plan).train()
+        saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        trainer = lightning.Trainer(
+            max_epochs=3, gradient_clip_val=1.0, callbacks=[saving], logger=False, enable_progress_bar=False
+        )
+        loader = torch.utils.data.DataLoader(data, batch_size=8, collate_fn=Collator(0))
+        trainer.fit(module.FineTuning(smt), loader, ckpt_path=checkpoint)
+        return smt
+
+    whole = fit(tmp_path / "whole")
+    resumed = fit(tmp_path / "resumed", tmp_path / "whole/epoch=1.ckpt")
+    assert_equal_blocks(resumed, whole)
+    assert all(block.abs().max() > 1e-4 for block in blocks(whole).values())
+
+
 # Hugging Face's Trainer -----------------------------------------------------------------------------------------------
 
 
@@ -268,6 +303,37 @@ def test_sft_trainer_says_that_the_plan_comes_first(base, rows, tmp_path):
             train_dataset=Dataset.from_json(rows),
             peft_config=smtune.SMTConfig(task_type="CAUSAL_LM"),
         )
+
+
+@needs_trl
+@pytest.mark.support("Trainers", row="{name}", column="resume", against="a run that was never stopped, bit for bit")
+@pytest.mark.parametrize("name", ["SFTTrainer", "DPOTrainer"])
+def test_trl_resumes_to_the_same_bits(base, rows, pairs, tmp_path, record, name):
+    import trl
+    from datasets import Dataset
+
+    plan = random_plan(base)
+
+    def train(output, resume=False):
+        arguments = getattr(trl, name.replace("Trainer", "Config"))(
+            str(output), max_steps=STEPS, save_steps=STEPS // 2, learning_rate=1e-3, bf16=False
+        )
+        trainer = getattr(trl, name)(
+            load_model(base),
+            args=arguments,
+            train_dataset=Dataset.from_json(pairs if name == "DPOTrainer" else rows),
+            peft_config=smtune.SMTConfig(task_type="CAUSAL_LM").with_plan(plan),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = train(tmp_path / "whole")
+    losses, record.losses = record.losses, []
+    checkpoint = f"checkpoint-{STEPS // 2}"
+    shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "stopped" / checkpoint)
+    resumed = train(tmp_path / "stopped", resume=True)
+    assert record.losses == losses[STEPS // 2 :]
+    assert_equal_blocks(resumed, whole)
 
 
 def log_probabilities(model, batch):
@@ -338,6 +404,44 @@ def check_reference(trainer, reference, batch):
 
 
 # What all have in common ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_loop",
+        "hf_trainer",
+        pytest.param("trl_sft", marks=needs_trl),
+        pytest.param("trl_dpo", marks=needs_trl),
+        "accelerate_loop",
+        pytest.param("lightning_module", marks=needs_lightning),
+    ],
+)
+def test_the_defaults_run_from_the_command_line(name, tmp_path):
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--steps", "2", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / ("adapter" if name == "hf_trainer" else "")
+    assert "Wrote out" in done.stdout
+    moved = [block for key, block in load_model(str(folder)).named_parameters() if ".smt_blocks.default." in key]
+    assert sum(block.numel() for block in moved) == 30 * 192**2  # 0.84 % of 134.5 M parameters, in whole blocks
+    assert all(block.abs().max() > 0 for block in moved)
+
+
+@pytest.mark.nightly
+def test_accelerate_loop_over_two_processes(base, rows, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = {"model": base, "data": rows, "steps": "2", "output": str(tmp_path / "out")}
+    command = [*launch, EXAMPLES / "accelerate_loop.py", *(f"--{name}={value}" for name, value in options.items())]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote") == 1  # by the main process
+    moved = [block for key, block in load_model(options["output"]).named_parameters() if ".smt_blocks." in key]
+    assert sum(len(block) for block in moved) == 6
+    assert all(block.abs().max() > 1e-4 for block in moved)
 
 
 def test_examples_are_short():
