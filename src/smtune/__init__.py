@@ -15,6 +15,7 @@ from smtune.errors import InputError
 from smtune.kernels import block_grad, block_grad_reference
 from smtune.linear import block_linear
 from smtune.selection import Plan
+from smtune.sharded import trained_state_dict
 from smtune.version import __version__
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "block_grad",
     "block_grad_reference",
     "block_linear",
+    "trained_state_dict",
 ]
 
 if find_spec("peft") is not None:

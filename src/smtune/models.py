@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -140,12 +141,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def skeleton(name: str) -> nn.Module:
-    """The model on the meta device: every module and shape, no weights. For a base model, not an adapter."""
+def skeleton(name: str, dtype: str | None = None, buffers: bool = False) -> nn.Module:
+    """The model on the meta device: every module and shape, no weights. For a base model, not an adapter.
+
+    Args:
+        dtype: of the weights, as for `load_model`. None: the configuration's.
+        buffers: what the model computes beside its weights is real, as in one whose weights come from another process.
+    """
     with quiet(), _loading(name):
         config = AutoConfig.from_pretrained(resolve(name))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": DTYPES[dtype]}))
     model.tie_weights()
     return model
 

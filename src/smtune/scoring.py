@@ -39,6 +39,7 @@ from smtune.blocks import BlockGrid, tile
 from smtune.depth import backward_end
 from smtune.errors import InputError, did_you_mean
 from smtune.kernels import flatten
+from smtune.sharded import is_sharded
 
 DATA_FREE = ("weight", "random")
 """Criteria that need no batches."""
@@ -347,6 +348,8 @@ def _run(
     """Forward and backward over the batches with taps in place. Returns the number of batches."""
     needs_backward = next(iter(accumulators.values())).needs_backward
     device = next(model.parameters()).device
+    if any(map(is_sharded, model.parameters())):
+        batches = _in_step(batches)
     seen = 0
     with _left_as_found(model), _taps(model, accumulators), torch.set_grad_enabled(needs_backward):
         for seen, batch in enumerate(batches, start=1):
@@ -363,6 +366,28 @@ def _run(
             if on_batch is not None:
                 on_batch(seen)
     return seen
+
+
+def _in_step(batches: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, object]]:
+    """The batches, as long as every rank has one: a sharded weight is gathered by all ranks together.
+
+    Raises InputError on every rank once one has run out before another.
+    """
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        has_batch = torch.tensor([int(batch is not None)], device=_reduction_device())
+        dist.all_reduce(has_batch)
+        if not has_batch.item():
+            return
+        if has_batch.item() < dist.get_world_size():
+            raise InputError(
+                "Expected as many batches on every rank, since the model's weights are sharded over the ranks. Got "
+                f"{'more' if batch is not None else 'fewer'} on rank {dist.get_rank()} than on another: cut them to "
+                "the same number."
+            )
+        assert batch is not None
+        yield batch
 
 
 def _loss(model: nn.Module, batch: object, device: torch.device, number: int) -> Tensor:
@@ -491,8 +516,7 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
         if failure is not None:
             raise failure
         return seen
-    on_device = dist.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
+    device = _reduction_device()
     names = list(accumulators)
     reached = [int(accumulators[name].total is not None) for name in names]
     counts = torch.tensor([seen, int(failure is not None), *reached], device=device)
@@ -518,6 +542,13 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
         kept = dtype if accumulator.dtype == torch.float32 else accumulator.dtype
         accumulator.total = moved.to(device if total is None else total.device, kept)
     return seen
+
+
+def _reduction_device() -> torch.device:
+    """Where tensors must be for the default process group to add them up."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _to_host(scores: Tensor) -> Tensor:

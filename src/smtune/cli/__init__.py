@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +74,9 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan of work.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many processes here, one for each GPU, as torchrun does.")
+    ] = None,
 ) -> None:
     """Fine-tune: load, score, select, train, save, and evaluate if the configuration names tasks."""
     from smtune import training
@@ -81,10 +85,14 @@ def train(
     options = checked.evaluation
     items = _items(options.tasks, options.source, options.limit, options.protocol) if options.tasks else []
     if dry_run:
-        Console().print(training.dry_run(checked, resume=resume))
+        Console().print(training.dry_run(checked, resume=resume, processes=nproc))
         if items:
             Console().print(f"Then {len(items):,} test items by {options.protocol}, into {checked.output}/evaluation/")
         return
+    if nproc is not None:
+        from smtune.cli.launch import launch
+
+        raise typer.Exit(launch(["train", str(config), *(overrides or []), *["--resume"] * resume], nproc))
     result = training.train(checked, resume=resume, console=console)
     if not is_main_process():
         return
@@ -295,6 +303,12 @@ def main() -> None:
     sys.exit(run(arguments, debug=len(arguments) < len(sys.argv) - 1))
 
 
+def _let_the_first_tell() -> None:
+    """Of several processes most find the same fault. The launcher ends this one once the first has told it."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(30.0)
+
+
 def run(arguments: list[str], debug: bool = False) -> int:
     """Run a command line and return its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -305,6 +319,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
             console.print("smtune: stopped. The same command goes on where it was; for `train`, add --resume.")
         return exit.code if isinstance(exit.code, int) else 1
     except InputError as error:
+        _let_the_first_tell()
         if debug:
             traceback.print_exc()
         console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)

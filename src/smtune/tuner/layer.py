@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from smtune.blocks import BlockColumns, BlockIndex, gather, scatter_
 from smtune.errors import InputError
 from smtune.linear import TakeColumns, additive_block_linear, block_linear
+from smtune.sharded import is_sharded
 from smtune.tuner.quantised import dense_weight
 from smtune.tuner.sharing import SharedInput
 from smtune.weights import is_transposed, shape_OI, view_OI
@@ -57,7 +58,10 @@ class Blocks(nn.Module):
         if not init_weights:
             nn.init.normal_(weight, std=0.02)
         self.weight = nn.Parameter(weight)
-        self.register_buffer("index", torch.stack([places.rows, places.cols], dim=1))
+        self.register_buffer("index", self._index())
+
+    def _index(self) -> Tensor:
+        return torch.stack([self.places.rows, self.places.cols], dim=1)
 
     def forward(self) -> Tensor:
         """The deltas. Called, not read, so that hooks which bring an offloaded tensor in are run."""
@@ -65,7 +69,9 @@ class Blocks(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         index = state_dict.get(prefix + "index")
-        expected = torch.stack([self.places.rows, self.places.cols], dim=1)
+        expected = self._index()
+        if index is None and is_sharded(self.weight):
+            state_dict[prefix + "index"] = expected  # see `_save_to_state_dict`
         if index is not None and not torch.equal(index.cpu().to(expected.dtype), expected):
             errors.append(
                 f"{prefix}index: the checkpoint trains other blocks than this adapter's plan. Load it with the "
@@ -73,6 +79,18 @@ class Blocks(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_meta and is_sharded(self.weight):
+            # Accelerate fills a model of FSDP2 from one process by names: all that stands here has to be sharded.
+            del destination[prefix + "index"]
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.index.is_meta:  # then nothing would bring it back
+            self.index = self._index()
+        return self
 
     def extra_repr(self) -> str:
         return f"{len(self.places)} blocks of {self.places.grid.block_size}²"
@@ -157,7 +175,8 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"Expected a plain nn.Linear or Conv1D with a dense floating weight for resident mode. Got "
                 f'{type(base_layer).__name__} at {name}: use mode="additive", or "auto".'
             )
-        self.resident = can_be_resident if mode == "auto" else mode == "resident"
+        is_whole = not is_sharded(getattr(base_layer, "weight", None))
+        self.resident = (can_be_resident and is_whole) if mode == "auto" else mode == "resident"
 
         # The base's blocks over the union of all adapters, (U, l, l) in its dtype or a narrower one that holds them.
         self.register_buffer("smt_originals", None, persistent=False)
@@ -188,7 +207,10 @@ class SMTLinear(nn.Module, SMTLayer):
         self.restore()
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.smt_blocks[adapter_name] = Blocks(places, dtype, device or torch.device("cpu"), init_weights)
+        if device is None or device.type == "meta":
+            # The base is elsewhere. FSDP2 under Accelerate tells what is trained by its memory, so there must be some.
+            device = torch.device("cpu")
+        self.smt_blocks[adapter_name] = Blocks(places, dtype, device, init_weights)
         self._set_union()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -255,7 +277,7 @@ class SMTLinear(nn.Module, SMTLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base's dtype, which would round the deltas to 16 bits on loading.
         target = device if device is not None else self._get_base_layer_device_and_dtype(self.base_layer)[0]
-        if adapter_name in self.smt_blocks and target is not None:
+        if adapter_name in self.smt_blocks and target is not None and target.type != "meta":
             blocks = self._blocks(adapter_name)
             if blocks.weight.device.type != "meta":
                 blocks.to(target)
@@ -377,6 +399,11 @@ class SMTLinear(nn.Module, SMTLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
         if not names:
             return
+        if self.is_dense and not _is_here(self.base_layer.weight):
+            raise InputError(
+                f"Expected the whole weight to merge into. That of {self._name} is sharded or offloaded: save the "
+                "adapter, load it in one process, and merge there."
+            )
         self.restore()
         adapters = self._adapters([*self.merged_adapters, *names])
         assert adapters is not None
@@ -456,7 +483,7 @@ def is_dense(layer: nn.Module) -> bool:
         and type(weight.data) is Tensor
         and weight.is_floating_point()
         and weight.dtype.itemsize > 1  # 8-bit floats have scales beside them
-        and weight.dim() == 2
+        and len(getattr(weight, "ds_shape", weight.shape)) == 2  # ZeRO-3 leaves an empty tensor
     )
 
 

@@ -106,11 +106,11 @@ class SMTModel(BaseTuner):
             # peft refuses weights that torchao has quantised without transformers: these train, but do not merge.
             with suppress(ValueError):
                 layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
+        self._replace_module(parent, target_name, layer, target)  # first: it moves what it finds to the base's device
         layer.update_layer(adapter_name, places, peft_config.init_weights)
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     def _mode(self, mode: str, target: Any, name: str) -> str:
         """Blocks written into a weight that other modules share, such as tied embeddings, would act in those too."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from smtune.blocks import BlockGrid, resolve_block_size
 from smtune.errors import InputError, did_you_mean
 from smtune.scoring import Target
 from smtune.selection import MIXED
+from smtune.sharded import whole
 from smtune.tuner.layer import SMTLinear
 from smtune.tuner.quantised import dense_weight, is_quantised
 from smtune.weights import is_transposed, shape_OI, view_OI
@@ -211,7 +213,10 @@ def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
             base = module.base_layer
         if is_quantised(base):
             return dense_weight(base)
-        return view_OI(base.weight.data, is_transposed(base))
+        if base.weight.is_meta:  # offloaded: Accelerate brings it in
+            with align_module_device(base):
+                return view_OI(base.weight.detach().clone(), is_transposed(base))
+        return view_OI(whole(base.weight), is_transposed(base))
 
     return weight
 

@@ -1,0 +1,441 @@
+"""What test_engines.py compares: one model and one recipe, trained by one process and by the processes of an engine.
+
+A launcher starts it as `engines.py ENGINE FOLDER`. It trains every case of the engine, by a plain loop and by
+`smtune.training` on Trainer, and leaves in FOLDER what each process saw, and the adapters that the first one wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import warnings
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import peft
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import smtune
+from smtune import InputError
+from smtune.models import skeleton
+from smtune.training import parse_config, run
+
+WORLD_SIZE, STEPS, ACCUMULATION = 2, 4, 2
+LEARNING_RATE, CLIP = 1e-2, 0.05
+EPS = 1e-4
+"""Of AdamW. By its default first steps are sign steps, and entries whose gradient is rounding noise go either way."""
+
+MODES = ("resident", "additive")
+BY_PARTS = {"ZeRO-3, zero.Init": "ZeRO-3", "FSDP2, loaded by rank 0": "FSDP2"}
+"""Engines that split the weights while they are loaded: then there is nothing to score with, and the plan is read."""
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+
+
+# Model and data -------------------------------------------------------------------------------------------------------
+
+
+def write_base(folder: Path) -> None:
+    """A tiny Llama of random weights, a tokenizer of bytes, and a file of rows."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            vocab_size=258,
+            eos_token_id=256,
+            bos_token_id=None,
+            pad_token_id=257,
+        )
+    ).save_pretrained(folder / "base")
+    letters = ByteLevelBPETokenizer()
+    letters.train_from_iterator([""], vocab_size=256, special_tokens=[])
+    letters.add_special_tokens(["<end>", "<pad>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder / "base")
+    rows = [{"prompt": f"{k} + {k % 7} =", "completion": f" {k + k % 7}"} for k in range(32)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def load_base(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+
+
+def random_batch(seed: int) -> torch.Tensor:
+    """Token ids of 4 rows; a process takes every second one."""
+    return torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def warmup(rank: int = 0, size: int = 1, n: int = 5) -> list[dict[str, torch.Tensor]]:
+    """The process's share of n batches: different ones, and with 5 not equally many."""
+    return [{"input_ids": random_batch(100 + k), "labels": random_batch(100 + k)} for k in range(rank, n, size)]
+
+
+def smt_config(mode: str = "auto", criterion: str = "abs_of_sum") -> smtune.SMTConfig:
+    targets = ["q_proj", "k_proj", "v_proj"]
+    return smtune.SMTConfig(
+        target_modules=targets, block_size=16, budget=9, warmup_steps=10, mode=mode, criterion=criterion
+    )
+
+
+# Plain loops ----------------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What a process saw of a training.
+
+    Each micro-batch is followed by an evaluation, which no engine may take for a step.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def evaluate(self, model, ids: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.losses.append(model(input_ids=ids, labels=ids).loss.item())
+
+
+def micro_batches(step: int, rank: int, size: int) -> list[torch.Tensor]:
+    return [random_batch(ACCUMULATION * step + k)[rank::size] for k in range(ACCUMULATION)]
+
+
+def make_optimizer(model, kind=torch.optim.AdamW):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return kind(trained, lr=LEARNING_RATE, eps=EPS, weight_decay=0.0)
+
+
+def train_by_torch(model, rank: int = 0, size: int = 1) -> Seen:
+    """One process, or DDP."""
+    seen, optimizer = Seen(), make_optimizer(model)
+    for step in range(STEPS):
+        batches = micro_batches(step, rank, size)
+        for ids in batches:
+            adds_up = ids is not batches[-1] and hasattr(model, "no_sync")
+            with model.no_sync() if adds_up else nullcontext():
+                (model(input_ids=ids, labels=ids).loss / ACCUMULATION).backward()
+            seen.evaluate(model, ids)
+        seen.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def train_by_accelerate(accelerator, model, optimizer) -> Seen:
+    seen = Seen()
+    for step in range(STEPS):
+        for ids in micro_batches(step, accelerator.process_index, accelerator.num_processes):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                    seen.norms.append(getattr(norm, "full_tensor", lambda norm=norm: norm)().item())
+                seen.evaluate(model, ids)
+                optimizer.step()
+                optimizer.zero_grad()
+    return seen
+
+
+def train_by_deepspeed(engine) -> Seen:
+    seen = Seen()
+    for step in range(STEPS):
+        for ids in micro_batches(step, dist.get_rank(), dist.get_world_size()):
+            loss = engine(input_ids=ids, labels=ids).loss
+            seen.evaluate(engine, ids)
+            engine.backward(loss)
+            engine.step()
+        seen.norms.append(float(engine.get_global_grad_norm()))
+    return seen
+
+
+def zero_config(engine: str) -> dict:
+    stage = int(engine.removeprefix("ZeRO-")[0])
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # else small weights are never split
+    if "offload" in engine:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+def plan_for(engine: str, folder: Path, base, mode: str) -> smtune.Plan:
+    if engine in BY_PARTS:
+        return smtune.Plan.load(folder / "plan.json")
+    return smtune.make_plan(base, warmup(dist.get_rank(), WORLD_SIZE), smt_config(mode))
+
+
+def finish(folder: Path, case: str, model, runs, seen: Seen, plan: smtune.Plan, users: dict | None) -> dict:
+    """Save the adapter, by `trained_state_dict` and as the engine's users do, and collect what was seen.
+
+    Args:
+        model: the PeftModel. runs: what is called, the engine's wrapper. users: the state dict of the engine's own
+            making; None where `save_pretrained` needs none.
+    """
+    runs.eval()
+    with torch.no_grad():
+        logits = runs(input_ids=random_batch(0)).logits
+    state = smtune.trained_state_dict(model)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / case / "adapter", state_dict=state)
+        model.save_pretrained(folder / case / "users", state_dict=users)
+    return {"logits": logits, "losses": seen.losses, "norms": seen.norms, "plan": plan.to_dict(), "state": state}
+
+
+def run_ddp(engine: str, folder: Path, mode: str) -> dict:
+    from torch.nn.parallel import DistributedDataParallel
+
+    base = load_base(folder)
+    plan = plan_for(engine, folder, base, mode)
+    model = DistributedDataParallel(peft.get_peft_model(base, smt_config(mode).with_plan(plan)))
+    seen = train_by_torch(model, dist.get_rank(), WORLD_SIZE)
+    return finish(folder, mode, model.module, model, seen, plan, None)
+
+
+def run_fsdp2(engine: str, folder: Path, mode: str) -> dict:
+    from accelerate import Accelerator
+    from torch.distributed.tensor import DTensor
+
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATION)
+    reads = engine not in BY_PARTS or dist.get_rank() == 0
+    base = load_base(folder) if reads else skeleton(str(folder / "base"), "float32", buffers=True)
+    assert all(parameter.is_meta != reads for parameter in base.parameters())
+    plan = plan_for(engine, folder, base, mode)
+    model = peft.get_peft_model(base, smt_config(mode).with_plan(plan))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    seen = train_by_accelerate(accelerator, model, optimizer)
+    return finish(folder, mode, model, model, seen, plan, accelerator.get_state_dict(model))
+
+
+def run_zero(engine: str, folder: Path, mode: str) -> dict:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = zero_config(engine)
+    alive = HfDeepSpeedConfig(config) if engine in BY_PARTS else None
+    base = load_base(folder)
+    assert all(hasattr(parameter, "ds_id") == (alive is not None) for parameter in base.parameters())
+    plan = plan_for(engine, folder, base, mode)
+    model = peft.get_peft_model(base, smt_config(mode).with_plan(plan))
+    kind = deepspeed.ops.adam.DeepSpeedCPUAdam if "offload" in engine else torch.optim.AdamW
+    wrapped, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, kind), config=config)
+    if "ZeRO-3" in engine:
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+    seen = train_by_deepspeed(wrapped)
+    whole = "ZeRO-3" not in engine
+    users = None if whole else wrapped._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    result = finish(folder, mode, model, wrapped, seen, plan, users)
+    wrapped.destroy()
+    return result
+
+
+def score_sharded(engine: str, folder: Path) -> dict:
+    """Plans by scoring a base whose weights are sharded, and what unequal numbers of batches lead to."""
+    base = load_base(folder)
+    if engine == "FSDP2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in base.model.layers:
+            fully_shard(layer)
+        fully_shard(base)
+    else:
+        import deepspeed
+
+        config = {**zero_config(engine), "gradient_accumulation_steps": 1}
+        deepspeed.initialize(model=base, config=config)
+    share = partial(warmup, dist.get_rank(), WORLD_SIZE)
+    result = {
+        criterion: smtune.make_plan(base, share(n=6), smt_config(criterion=criterion)).to_dict()
+        for criterion in ("abs_of_sum", "activation", "weight")
+    }
+    try:
+        smtune.make_plan(base, share(n=5), smt_config())
+    except InputError as error:
+        result["failure"] = str(error)
+    return result
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+class Reduced(TorchDispatchMode):
+    """Bytes of the tensors that FSDP2 reduces over processes, in fp32 as they are handed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "reduce" in function._schema.name:
+            inputs = args[1] if "reduce_scatter" in function._schema.name else args[0]
+            self.bytes += sum(tensor.nbytes for tensor in (inputs if isinstance(inputs, (list, tuple)) else [inputs]))
+        return function(*args, **(kwargs or {}))
+
+
+def bytes_reduced(engine: str, folder: Path, method: str) -> int:
+    """Bytes of gradients that DDP, over two accumulated micro-batches, or FSDP2 hands over to be added up in a step."""
+    base, ids = load_base(folder), random_batch(0)[dist.get_rank() :: WORLD_SIZE]
+    plan = smtune.Plan.load(folder / "plan.json")
+    model = base if method == "full" else peft.get_peft_model(base, smt_config("resident").with_plan(plan))
+    if engine == "DDP":
+        from torch.nn.parallel import DistributedDataParallel
+
+        wrapped, seen = DistributedDataParallel(model), []
+
+        def hook(state, bucket):
+            seen.append(bucket.buffer().nbytes)
+            return allreduce_hook(state, bucket)
+
+        wrapped.register_comm_hook(None, hook)
+        with wrapped.no_sync():
+            wrapped(input_ids=ids, labels=ids).loss.backward()
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        return sum(seen)
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in base.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with Reduced() as reduced:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return reduced.bytes
+
+
+# Trainer --------------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Stop
+
+
+def recipe(folder: Path, output: str, processes: int = 1, mode: str = "auto", **training) -> dict:
+    """6 steps of 8 rows, whatever the number of processes, with a checkpoint after 2 and 4."""
+    return {
+        "model": str(folder / "base"),
+        "output": str(folder / output),
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 64},
+        "smt": {"block_size": 16, "budget": 9, "warmup_steps": 5, "score_batch_size": 4, "mode": mode},
+        "training": {
+            "learning_rate": LEARNING_RATE,
+            "max_steps": 6,
+            "batch_size": 4 // processes,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "max_grad_norm": CLIP,
+            "logging_steps": 1,
+            "save_steps": 2,
+            **training,
+        },
+    }
+
+
+def by_trainer(values: dict, **options):
+    """`smtune.training.train` with AdamW's eps set, which recipes leave alone."""
+    original = run.TrainingArguments
+    run.TrainingArguments = partial(original, adam_epsilon=EPS)
+    try:
+        return run.train(parse_config(values), console=Console(quiet=True), **options)
+    finally:
+        run.TrainingArguments = original
+
+
+def run_trainer(engine: str, folder: Path) -> None:
+    """A whole run, and one that is stopped after step 3 and resumed from the checkpoint of step 2."""
+    training = {}
+    if engine.startswith("ZeRO"):
+        config = json.loads((EXAMPLES / ("zero3-offload.json" if "offload" in engine else "zero3.json")).read_text())
+        config["zero_optimization"] |= zero_config(engine)["zero_optimization"]
+        training["deepspeed"] = config
+    if engine == "FSDP2":
+        training["fsdp"] = {}  # its checkpoints are whole; those of fsdp2.yaml, and so of "loaded by rank 0", sharded
+    values = partial(recipe, folder, processes=WORLD_SIZE, mode="resident", **training)
+    for output in ("whole", "stopped"):
+        config = values(output)
+        if engine in BY_PARTS:
+            config["smt"] = {"mode": "resident", "plan": str(folder / "trainer-plan.json")}
+        if output == "whole":
+            by_trainer(config)
+            continue
+        try:
+            by_trainer(config, callbacks=[StopAt()])
+        except Stop:
+            dist.barrier()
+        by_trainer(config, resume=True)
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def let_accelerate_shard_on_cpus() -> None:
+    """Accelerate shards over processes only where they have accelerators; here CPUs pass for those."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+    def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = prepare_backend
+
+
+def main(engine: str, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    kind = BY_PARTS.get(engine, engine)
+    if kind == "FSDP2":
+        let_accelerate_shard_on_cpus()
+    if kind.startswith("ZeRO"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        run_one = run_zero
+    else:
+        dist.init_process_group("gloo")
+        run_one = run_ddp if engine == "DDP" else run_fsdp2
+    results = {mode: run_one(engine, folder, mode) for mode in MODES}
+    if engine in ("FSDP2", "ZeRO-3"):
+        results["scoring"] = score_sharded(engine, folder)
+    if engine in ("DDP", "FSDP2"):
+        results["bytes"] = {method: bytes_reduced(engine, folder, method) for method in ("smt", "full")}
+    run_trainer(engine, folder)
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    main(arguments[0], Path(arguments[1]))

@@ -1,0 +1,143 @@
+"""`smtune train` on two processes: by --nproc, and by a launcher that its users have already."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import engines
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from smtune import cli
+from smtune.training import parse_config, read_metrics, train
+
+TOOLS = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    engines.write_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The run of one process."""
+    train(parse_config(engines.recipe(folder, "alone")))
+    return folder / "alone"
+
+
+def write_recipe(folder, output, processes=2, **training) -> str:
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(engines.recipe(folder, output, processes, **training)))
+    return str(path)
+
+
+def call(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    environment["PATH"] = f"{TOOLS}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """The same plan, losses and blocks. The recipe's AdamW takes its first steps by sign: see `engines.EPS`."""
+    names = {path.name for path in run.iterdir()}
+    assert names == {path.name for path in expected.iterdir()}
+    plans = [json.loads((path / "plan.json").read_text()) for path in (run, expected)]
+    assert [m["blocks"] for m in plans[0]["modules"]] == [m["blocks"] for m in plans[1]["modules"]]
+    losses = [[event["loss"] for event in read_metrics(path / "metrics.jsonl")] for path in (run, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    tensors, expected_tensors = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, expected))
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in tensors.items():
+        apart = (tensor - expected_tensors[name]).abs().double()
+        assert apart.median() < 1e-6, name
+        assert (apart > 1e-4).double().mean() < 0.01, name
+    results = [json.loads((path / "result.json").read_text()) for path in (run, expected)]
+    for key in ("steps", "tokens", "trainable_parameters", "total_parameters"):
+        assert results[0][key] == results[1][key], key
+
+
+@pytest.mark.support("Engines", row="DDP", column="smtune train --nproc", against="smtune train, one process")
+def test_nproc_trains_as_one_process(folder, alone):
+    done = call(sys.executable, "-m", "smtune", "train", write_recipe(folder, "two"), "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    for text in ("Data: ", "Plan: ", "Training 2,304 of", "step 1/6", "Trained "):
+        assert done.stderr.count(text) == 1, done.stderr  # the first process tells, the other is silent
+    assert json.loads((folder / "two" / "environment.json").read_text())["processes"] == 2
+    assert_same_run(folder / "two", alone)
+
+
+def test_a_fault_is_told_once(folder):
+    recipe = write_recipe(folder, "faulty")
+    done = call(sys.executable, "-m", "smtune", "train", recipe, "smt.budget=1e-6", "--nproc", "2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("Expected a budget of at least one block") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "faulty").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.support("Engines", row="ZeRO-2", column="accelerate launch -m smtune", against="smtune train, one process")
+def test_accelerate_launch_with_deepspeed(folder, alone):
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'smtune[distributed]'")
+    config = json.loads((engines.EXAMPLES / "zero2.json").read_text())
+    del config["optimizer"]  # FusedAdam, which would be compiled
+    (folder / "zero2.json").write_text(json.dumps(config | {"zero_allow_untested_optimizer": True}))
+    done = call(
+        *(
+            str(TOOLS / "accelerate"),
+            "launch",
+            "--use_deepspeed",
+            "--deepspeed_config_file",
+            str(folder / "zero2.json"),
+        ),
+        *("--num_processes", "2", "--num_machines", "1", "--main_process_port", str(engines.free_port())),
+        *("-m", "smtune", "train", write_recipe(folder, "accelerated")),
+        DS_ACCELERATOR="cpu",
+        LOCAL_SIZE="2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder / "accelerated", alone)
+
+
+def test_faults_found_before_any_process_is_started(folder, monkeypatch, capsys):
+    recipe = write_recipe(folder, "never")
+
+    def refuse(*arguments):
+        pytest.fail("started processes")
+
+    monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", refuse)
+    assert cli.run(["train", recipe, "training.lerning_rate=1", "--nproc", "2"]) == 2
+    both = ["training.deepspeed={}", "training.fsdp={}"]
+    assert cli.run(["train", recipe, *both, "--nproc", "2"]) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert cli.run(["train", recipe, "--nproc", "2"]) == 2
+    errors = " ".join(capsys.readouterr().err.split())
+    assert 'Did you mean "training.learning_rate"?' in errors
+    assert "expected without training.deepspeed" in errors
+    assert "--nproc without another launcher" in errors
+
+
+def test_an_engine_that_cannot_be(folder, capsys):
+    recipe = write_recipe(folder, "never")
+    assert cli.run(["train", recipe, "training.fsdp={}"]) == 2
+    assert cli.run(["train", recipe, "training.deepspeed=nothing.json"]) == 2
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "several processes to shard the model over" in errors
+    assert "nothing.json" in errors or "deepspeed is not installed" in errors
+
+
+def test_dry_run_counts_the_processes(folder, capsys):
+    recipe = write_recipe(folder, "never")
+    assert cli.run(["train", recipe, "--dry-run", "--nproc", "4"]) == 0
+    assert "6 steps of 16 rows" in " ".join(capsys.readouterr().out.split())
+    assert not torch.distributed.is_initialized()
