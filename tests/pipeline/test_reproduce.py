@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from smtune import cli
-from smtune.reproduce import declared, mini
+from smtune.reproduce import declared, dry, mini
 from smtune.reproduce.declared import experiment_names, load_experiment, load_tier
 from smtune.reproduce.layouts import collect
 from smtune.reproduce.run import Request, Runner
@@ -56,7 +56,7 @@ def test_list_names_every_table_and_figure(cache, tmp_path, capsys):
 @pytest.mark.parametrize("name", experiment_names())
 def test_a_cut_of_everything_runs_from_an_empty_cache(output, name):
     page = (output / "trial" / f"{name}.md").read_text(encoding="utf-8")
-    rows = list(csv.reader((output / "trial" / f"{name}.csv").open(encoding="utf-8")))
+    rows = list(csv.reader((output / "trial" / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
     experiment = load_experiment(name)
     assert "A trial, not a result" in page
     assert "| **a trial, not a result** |" in page  # in the table itself
@@ -187,7 +187,7 @@ def test_experiments_share_cells(cache):
 
 
 def test_what_a_cell_is_named_by(cache):
-    (base, *_), *_ = [request.arms(load_experiment("table6")) for request in [Request(["table6"], Setting("mini"))]]
+    (base, *_) = Request(["table6"], Setting("mini")).arms(load_experiment("table6"))
     cell = base.sweep()[0]
     for changed in (Setting("mini", steps=5), Setting("mini", items=7)):
         (other, *_) = Request(["table6"], changed).arms(load_experiment("table6"))
@@ -207,8 +207,8 @@ def shallow(monkeypatch):
         model.pop("parameters")
     tier = declared.Tier.model_validate({"name": "paper", **values})
     monkeypatch.setattr("smtune.reproduce.setting.load_tier", lambda name: tier)
-    # A budget of blocks is one of the whole model; two layers have 1,536 blocks of q, k and v.
-    return tier
+    yield
+    dry._count.cache_clear()
 
 
 @pytest.mark.parametrize("name", experiment_names())
@@ -288,3 +288,13 @@ def test_the_model_of_the_tier_is_what_it_says(cache):
     other = {row["text"] for family in ("math", "choice") for row in load_data(Setting("mini"), family).other_text}
     assert other
     assert not other & read
+
+
+@pytest.mark.nightly
+def test_two_jobs_give_the_same_cells_as_one(output, tmp_path):
+    assert cli.run(["reproduce", "table6", *CUT, "--jobs", "2", "--output", str(tmp_path)]) == 0
+    found = sorted((tmp_path / "cells").glob("*.jsonl"))
+    assert len(found) == 2
+    for path in found:
+        one, two = Store(output / "cells").load(path.stem), Store(tmp_path / "cells").load(path.stem)
+        assert (one["metrics"], one["plan"], one["items"]) == (two["metrics"], two["plan"], two["items"])

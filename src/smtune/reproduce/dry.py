@@ -51,10 +51,7 @@ def estimate(request: Request, name: str) -> list[Estimate]:
         InputError: an architecture that is not the declared one, or a budget that buys nothing of it.
     """
     experiment, setting = load_experiment(name), request.setting
-    tier = setting.declared
-    recipe = tier.recipe.model_dump(exclude_none=True)
-    if setting.steps is not None:
-        recipe = {key: value for key, value in recipe.items() if key != "epochs"} | {"steps": setting.steps}
+    tier, recipe = setting.declared, setting.recipe
 
     def base(model: str, family: str) -> Record:
         shared = {"tier": tier.name, "model": model, "dtype": tier.dtype, "block_size": tier.block_size}

@@ -35,7 +35,7 @@ from smtune.training.folder import write_folder
 PACKAGED = Path(__file__).parent.parent / "assets" / "mini"
 """Where the artefact stands if it is part of the package."""
 
-STEPS, BATCH, LENGTH = 2500, 16, 128
+STEPS, BATCH, LENGTH = 3500, 16, 128
 LEARNING_RATE, WARMUP = 3e-3, 100
 SEED = 0
 VOCABULARY = 1024

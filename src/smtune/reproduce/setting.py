@@ -48,6 +48,15 @@ class Setting:
     def declared(self) -> Tier:
         return load_tier(self.tier)
 
+    @property
+    def recipe(self) -> Record:
+        """The tier's, cut to the steps of a trial."""
+        recipe = self.declared.recipe.model_dump(exclude_none=True)
+        if self.steps is not None:
+            recipe.pop("epochs", None)
+            recipe |= {"steps": self.steps, "scoring_batches": min(self.steps, recipe["scoring_batches"])}
+        return recipe
+
     def model_name(self, model: str) -> str:
         """For `smtune.models`: the tier's own model is a folder here."""
         name = self.declared.models[model].name
@@ -57,10 +66,6 @@ class Setting:
         """What the cells of a model and a family share."""
         tier = self.declared
         data, evaluation = load_data(self, family), tier.evaluation
-        recipe = tier.recipe.model_dump(exclude_none=True)
-        if self.steps is not None:
-            recipe.pop("epochs", None)
-            recipe["steps"] = self.steps
         return {
             "tier": self.tier,
             "model": model,
@@ -69,7 +74,7 @@ class Setting:
             "block_size": tier.block_size,
             "family": family,
             "data": data.identity,
-            "recipe": recipe,
+            "recipe": self.recipe,
             "evaluation": evaluation.model_dump(exclude={"items"}),
         }
 
@@ -83,7 +88,7 @@ class Data:
         tests: the test items.
         validation_items: the validation rows that name their task, as items.
         other_text: rows of plain text that none of the training is about.
-        overlap: by test, how many questions are among the training rows too.
+        overlap: by test, how many questions are among the training rows too, those held out of them included.
         identity: hashes of all of them.
     """
 
@@ -100,7 +105,7 @@ class Data:
         found = [f"{task} {count}" for task, count in self.overlap.items() if count]
         marked = f" ({', '.join(found)}): these tests are marked" if found else ""
         count, asked = sum(self.overlap.values()), f"{len(self.tests):,} test questions"
-        return f"{count} of {asked} are among {len(self.train):,} training rows{marked}"
+        return f"{count} of {asked} are among {len(self.train) + len(self.validation):,} training rows{marked}"
 
 
 @cache
@@ -134,7 +139,7 @@ def load_data(setting: Setting, family: str) -> Data:
         if row.get("task") in TASKS and row.get("answer")
     ]
     overlap = {
-        task: count_overlap(train, [_question(item) for item in tests if item.task.name == task])
+        task: count_overlap(rows, [_question(item) for item in tests if item.task.name == task])
         for task in dict.fromkeys(item.task.name for item in tests)
     }
     other = [text for source in declared.other_text for text in map(mini.text_of, read_rows(source))]

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
@@ -78,8 +79,7 @@ def _train(config: Mapping[str, Any], setting: Setting, device: torch.device, on
     plan = None
     started = time.perf_counter()
     if config["method"] != "base":
-        recipe = config["recipe"]
-        rows, _ = prepare(data.train, tokenizer, max_length=recipe["max_length"])
+        recipe, rows = config["recipe"], _rows(setting, config["model"], config["family"])
         steps = count_steps(recipe, len(rows))
         collator = _collator(tokenizer)
         arm = arms.build(model, config, micro_batches(rows, collator, recipe, config["seed"], device))
@@ -111,7 +111,7 @@ def _select(config: Mapping[str, Any], setting: Setting, device: torch.device, o
     data = load_data(setting, config["family"])
     tokenizer = _tokenizer(setting, config["model"])
     model = _base(config, setting, device)
-    rows, _ = prepare(data.train, tokenizer, max_length=config["recipe"]["max_length"])
+    rows = _rows(setting, config["model"], config["family"])
     started = time.perf_counter()
     batches = micro_batches(rows, _collator(tokenizer), config["recipe"], config["seed"], device)
     plan = arms.make_plan(model, config, batches)
@@ -122,8 +122,7 @@ def _select(config: Mapping[str, Any], setting: Setting, device: torch.device, o
 def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
     data = load_data(setting, config["family"])
     tokenizer = _tokenizer(setting, config["model"])
-    recipe = config["recipe"]
-    rows, _ = prepare(data.train, tokenizer, max_length=recipe["max_length"])
+    recipe, rows = config["recipe"], _rows(setting, config["model"], config["family"])
     collator = _collator(tokenizer)
     model = _base(config, setting, device)
     # Blocks at random places, the worst case: where they are changes no other cost.
@@ -191,6 +190,13 @@ def _base(config: Mapping[str, Any], setting: Setting, device: torch.device) -> 
 @cache
 def _tokenizer(setting: Setting, model: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(setting.model_name(model))
+
+
+@cache
+def _rows(setting: Setting, model: str, family: str) -> Dataset:
+    """The training rows in tokens."""
+    length = setting.declared.recipe.max_length
+    return prepare(load_data(setting, family).train, _tokenizer(setting, model), max_length=length)[0]
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase) -> Collator:

@@ -1,0 +1,187 @@
+"""Pages from records made by hand: what a table says of intervals, verdicts, leaks, and of itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+
+from smtune.reproduce import setting as setting_module
+from smtune.reproduce.declared import Experiment, Row, load_experiment
+from smtune.reproduce.layouts import collect, render
+from smtune.reproduce.run import Request
+from smtune.reproduce.setting import Setting, load_data
+from smtune.reproduce.store import Store
+
+N = 400
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch):
+    """Cells that name neither weights nor data: nothing is loaded."""
+    monkeypatch.setattr(Setting, "base", lambda self, model, family: {"model": model, "family": family})
+    monkeypatch.setattr(Setting, "is_cut", property(lambda self: self.steps is not None))
+
+
+def save(store, cell, right, tests=("comparison",), overlap=0, **metrics):
+    """A record with `right` of N items right in each test."""
+    items = [{"task": test, "index": k, "correct": k < right} for test in tests for k in range(N)]
+    values = {
+        "trained_parameters": 9216,
+        "total_parameters": 1_000_000,
+        "validation": {"correct": right, "items": N},
+        "validation_loss": 1.0,
+        "other_text_loss": 2.0,
+        "tests": {test: {"correct": right, "items": N} for test in tests},
+    }
+    record = {
+        "metrics": values | metrics,
+        "measured": {},
+        "overlap": {test: overlap * (test == "AddSub") for test in tests},
+    }
+    store.save(cell, record, items)
+
+
+def experiment(*rows, **fields):
+    return Experiment(name="made", title="Made up", layout="accuracy", rows={"embedded": list(rows)}, **fields)
+
+
+def row(label, method="smt", **fields):
+    return Row(label=label, method=method, learning_rates=[1e-3], **fields)
+
+
+def page_of(made, request, store, tmp_path):
+    written = render(collect(made, request, store), tmp_path / "pages")
+    assert all(path.is_file() for path in written)
+    return written[0].read_text(encoding="utf-8")
+
+
+def line(page, label):
+    (found,) = [each for each in page.splitlines() if f"| {label} |" in each]
+    return found
+
+
+def test_verdicts(tmp_path):
+    made = experiment(row("SMT"), row("LoRA", "lora"), row("DoRA", "dora"), row("full", "full"), row("SIFT", "sift"))
+    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    for arm, right in zip(request.arms(made), (200, 200, 300, 204, 100)):
+        save(store, arm.sweep()[0], right)
+    page = page_of(made, request, store, tmp_path)
+    assert "| 50.0 (45.1 to 54.9) | – |" in line(page, "SMT")
+    assert "+0.0 (−0.5 to +0.5), *tie*" in line(page, "LoRA")
+    assert re.search(r"\+25\.0 \(\+2\d.* to \+[23]\d.*\), \*better\*", line(page, "DoRA"))
+    assert "*worse*" in line(page, "SIFT")
+    assert "incomplete" not in page
+    assert "not a result" not in page
+
+
+def test_a_difference_that_may_be_anything_is_undecided(tmp_path):
+    made = experiment(row("SMT"), row("LoRA", "lora"))
+    request, store = Request(["made"], Setting("mini"), seeds=[0, 1]), Store(tmp_path)
+    smt, lora = request.arms(made)
+    for arm, counts in ((smt, (200, 204)), (lora, (160, 250))):
+        for seed, right in enumerate(counts):
+            save(store, arm.cell(1e-3, seed), right)
+    page = page_of(made, request, store, tmp_path)
+    assert "*undecided*" in line(page, "LoRA")
+    assert "| 2 of 2 | 2 of 2 |" in line(page, "LoRA")
+    low, high = map(float, re.search(r"51\.2 \(([\d.]+) to ([\d.]+)\)", line(page, "LoRA")).groups())
+    assert high - low > 50  # two seeds that differ by 22 points say little
+
+
+def test_what_is_missing_stands_in_the_table(tmp_path):
+    made = experiment(row("SMT"), row("LoRA", "lora"))
+    request, store = Request(["made"], Setting("mini"), seeds=[0, 1, 2]), Store(tmp_path)
+    save(store, request.arms(made)[0].cell(1e-3, 0), 200)
+    page = page_of(made, request, store, tmp_path)
+    assert "| **incomplete: 1 of 6 cells** |" in page
+    assert "| 1 of 3 | 1 of 3 |" in line(page, "SMT")
+    assert "| 0 of 3 | 0 of 3 |" in line(page, "LoRA")
+    rows = list(csv.reader((tmp_path / "pages/made.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows[-1][:2] == ["smtune", "**incomplete: 1 of 6 cells**"]
+
+
+def test_a_trial_is_no_result(tmp_path):
+    made = experiment(row("SMT"))
+    request, store = Request(["made"], Setting("mini", steps=2), seeds=[0]), Store(tmp_path)
+    save(store, request.arms(made)[0].cell(1e-3, 0), 200)
+    page = page_of(made, request, store, tmp_path)
+    assert "A trial, not a result: 2 of 300 steps" in page
+    assert "| **a trial, not a result** |" in page
+
+
+def test_leaked_tests_are_marked_and_left_out_of_a_second_average(tmp_path):
+    made = experiment(row("SMT"), families=["math"])
+    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    cell = request.arms(made)[0].cell(1e-3, 0)
+    save(store, cell, 200, tests=("AddSub", "SVAMP"), overlap=3)
+    path = store.path(cell.id)  # all of AddSub right: it was seen
+    lines = [json.loads(each) for each in path.read_text().splitlines()]
+    lines = [each | {"correct": True} if each.get("task") == "AddSub" else each for each in lines]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    page = page_of(made, request, Store(tmp_path), tmp_path)
+    assert "| AddSub † | SVAMP | AVG (95 %) | AVG, leak-free |" in page
+    shown = line(page, "SMT")
+    assert re.search(r"\| 100\.0 \| 50\.0 \| 75\.0 \(.*?\) \| 50\.0 \(45\.1 to 54\.9\) \|", shown)
+    assert "† questions of AddSub are among the training rows too" in page
+
+
+def test_the_papers_numbers_stand_apart(tmp_path):
+    made = experiment(row("SMT"), published=load_experiment("table2").published)
+    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    save(store, request.arms(made)[0].cell(1e-3, 0), 200)
+    ours, theirs = page_of(made, request, store, tmp_path).split("## The paper's own numbers")
+    assert "81.4" in theirs
+    assert "81.4" not in ours
+    assert "not run here" in theirs
+
+
+def test_memory_claims_are_judged(tmp_path):
+    made = load_experiment("memory")
+    request, store = Request(["memory"], Setting("paper")), Store(tmp_path)
+    totals = {"Full fine-tuning": 100, "SMT": 25, "LoRA": 24}
+    for arm in request.arms(made):
+        values = dict.fromkeys(("base", "trained", "gradients", "optimizer", "originals", "activations"), 10**9)
+        total = totals.get(arm.row.label, 30) * 10**9
+        whole = 10 if arm.row.method == "full" else 1
+        metrics = {**values, "total": total, "with_paper_dtypes": total - 6 * 10**9}
+        metrics |= {"trained_parameters": whole, "total_parameters": 10}
+        for cell in arm.sweep():
+            store.save(cell, {"metrics": metrics, "measured": {}}, [])
+    page = page_of(made, request, store, tmp_path)
+    assert "| 67 % less than full, LLaMA-7B | fp32 | 75 % less | holds |" in page
+    assert "| LLaMA-7B below 20 GB | fp32 | 25.0 GB | **does not hold** |" in page
+    assert "| LLaMA-7B below 20 GB | bf16, as the paper | 19.0 GB | holds |" in page
+    assert "1,000 MB more | **does not hold** |" in page
+
+
+# Data of a folder -----------------------------------------------------------------------------------------------------
+
+
+def test_data_of_a_folder(tmp_path, monkeypatch):
+    """Rows take their task from their file; questions of a test among them are counted."""
+    load_data.cache_clear()
+    questions = [f"Ann has {k} eggs and gets {k + 1} more. How many eggs?" for k in range(40)]
+    answers = [str(2 * k + 1) for k in range(40)]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    rows = [
+        {"instruction": q, "input": "", "output": f"The answer is {a}.", "answer": a}
+        for q, a in zip(questions, answers)
+    ]
+    (tmp_path / "train/mawps.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    for task in ("SingleEq", "SVAMP", "MultiArith", "AddSub"):
+        tested = [{**each, "output": "", "instruction": f"{task}: {each['instruction']}"} for each in rows[:10]]
+        if task == "AddSub":
+            tested[3] = {**rows[3], "instruction": rows[3]["instruction"].upper()}
+        (tmp_path / f"test/{task}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in tested))
+    monkeypatch.setattr(setting_module.mini, "is_held_out", lambda text: True)
+    data = load_data(Setting("smollm2", data=str(tmp_path)), "math")
+    assert len(data.train) + len(data.validation) == 40
+    assert len(data.validation) == 8  # a fifth, fewer than the tier asks for
+    assert data.overlap == {"SingleEq": 0, "SVAMP": 0, "MultiArith": 0, "AddSub": 1}
+    assert "1 of 40 test questions are among 40 training rows (AddSub 1)" in data.overlap_text()
+    assert len({json.dumps(row) for row in data.train} & {json.dumps(row) for row in data.validation}) == 0
+    load_data.cache_clear()
