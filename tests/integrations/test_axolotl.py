@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+from pathlib import Path
 
 import peft
 import pytest
@@ -230,6 +231,19 @@ def test_training_goes_on_from_an_adapter(base, configure, steps, tmp_path):
     assert first.keys() == second.keys()
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert abs(steps[STEPS][1] - last) < 0.5
+
+
+def test_the_example_is_accepted(base, tmp_path):
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.clear()
+    values = yaml.safe_load((Path(__file__).parents[2] / "examples/axolotl.yaml").read_text())
+    (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump(values | {"base_model": base, "output_dir": str(tmp_path)}))
+    cfg = load_cfg(str(tmp_path / "axolotl.yaml"))
+    assert cfg.adapter == "smt"
+    assert cfg.smt.budget == 0.0084
+    assert cfg.smt.warmup_steps == 100
 
 
 @pytest.mark.parametrize(
