@@ -42,11 +42,11 @@ FORMAT_VERSION = 1
 _SINCE_COSTS = ("max_backward_cost", "backward_cost", "score_kept")  # a plan made before they were has none of them
 
 MIXED = "mixed"
-"""The kind of a block whose rows serve more than one of q, k and v."""
+"""The kind of a block whose rows are not all of one kind, or serve several."""
 
 PROJECTION_GROUPS: dict[str, frozenset[str]] = {
     "attention": frozenset(
-        {"q", "k", "v", MIXED}
+        {"q", "k", "v", "gate", MIXED}
         | {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "o"}
         | {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
     ),
@@ -66,7 +66,8 @@ class ModulePlan:
         shape: (O, I) of the weight.
         rows, cols: block k is (rows[k], cols[k]); both empty where the matrix stays frozen.
         score_mean, score_max: over all blocks of the matrix; None where nothing was scored.
-        kinds: what each row of blocks computes, (R,) of "q", "k", "v" and "mixed"; empty where that is not known.
+        kinds: what each row of blocks computes, (R,) of "q", "k", "v", "gate" (of attention's output) and "mixed";
+            empty where that is not known.
     """
 
     shape: tuple[int, int]

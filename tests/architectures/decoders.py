@@ -46,6 +46,13 @@ _LATENT = _EXPERTS | {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+_LINEAR_ATTENTION = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _MAMBA = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -62,6 +69,7 @@ _PER_LAYER = {"activation_sparsity_pattern", "attention_types", "layer_types"}
 """Settings with an entry for each layer; `DECODERS` has them for two."""
 
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AFMoE": ("afmoe", _EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1}),
     "Apertus": ("apertus", {}),
     "Arcee": ("arcee", {}),
     "Bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1, 3]}),
@@ -70,6 +78,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "CodeGen": ("codegen", _GPT2 | {"rotary_dim": 4}),
     "Cohere": ("cohere", {}),
     "Cohere 2": ("cohere2", {}),
+    "CWM": ("cwm", {"layer_types": ["full_attention", "sliding_attention"]}),
     "DBRX": (
         "dbrx",
         {
@@ -154,6 +163,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo": ("olmo", {}),
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", {}),
+    "OLMo Hybrid": ("olmo_hybrid", _LINEAR_ATTENTION),
     "OLMoE": ("olmoe", _EXPERTS),
     "OpenAI GPT": ("openai-gpt", _GPT2),
     "OPT": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
@@ -165,12 +175,17 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2-MoE": ("qwen2_moe", _EXPERTS),
     "Qwen3": ("qwen3", {}),
     "Qwen3-MoE": ("qwen3_moe", _EXPERTS),
+    "Qwen3-Next": ("qwen3_next", _EXPERTS | _LINEAR_ATTENTION),
+    "Qwen3.5": ("qwen3_5_text", _LINEAR_ATTENTION),
+    "Qwen3.5-MoE": ("qwen3_5_moe_text", _EXPERTS | _LINEAR_ATTENTION),
     "RecurrentGemma": ("recurrent_gemma", {"block_types": ["recurrent", "attention"], "lru_width": 32}),
     "Seed-OSS": ("seed_oss", {}),
     "SmolLM3": ("smollm3", {}),
+    "Solar Open": ("solar_open", _EXPERTS),
     "StableLM": ("stablelm", {}),
     "StarCoder2": ("starcoder2", {}),
     "VaultGemma": ("vaultgemma", {"query_pre_attn_scalar": 8}),
+    "Youtu": ("youtu", _LATENT),
     "XGLM": ("xglm", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}),
 }
 """(model_type, what its configuration has beside `SMALL`) by name."""

@@ -23,6 +23,7 @@ OWN_FORWARD = {"Falcon", "Falcon, multi-query", "Falcon, multi-head"}
 """Their linear layers have a forward of their own, which resident mode would replace: blocks act beside the weight."""
 
 RARER = {
+    *("AFMoE", "CWM", "OLMo Hybrid", "Qwen3.5-MoE", "Solar Open", "Youtu"),
     *("Bamba", "DBRX", "DiffLlama", "Doge", "dots1", "ERNIE 4.5 MoE", "Falcon-H1", "FlexOlmo", "Gemma 3n", "GLM 4 MoE"),
     *("GraniteMoeHybrid", "HunYuan V1 MoE", "Jais 2", "Jamba", "LFM2", "MiniCPM3", "MiniMax M2", "Ministral 3"),
     *("nanochat", "OpenAI GPT", "RecurrentGemma", "VaultGemma", "XGLM"),

@@ -1,7 +1,8 @@
 """Fused projections: the labels of their rows, checked against what the rows do, and plans that speak of q, k and v.
 
-Two facts tell q, k and v apart in any attention, without reading its code. A key that is masked out gets no gradient
-for its k and its v, and its token's q does. And without v, attention's output does not depend on q and k.
+Facts that tell q, k and v apart in any attention, without reading its code: a key that is masked out gets no gradient
+for its k and its v, and its token's q does; without v attention's output does not depend on q and k; without k it does
+not depend on q.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -35,7 +37,7 @@ def labelled(model):
         if name.rpartition(".")[2] in names:
             kinds = row_kinds(model.config, name, shape_OI(module)[0], 1)
             assert kinds
-            yield module, torch.tensor([["q", "k", "v", "mixed"].index(kind) for kind in kinds])
+            yield module, np.array(kinds)
 
 
 def output_gradients(model):
@@ -64,26 +66,34 @@ def _by_token(grad_y):
     return grad_y.squeeze(1) if grad_y.dim() == 4 else grad_y
 
 
+def without(model, kind):
+    """A copy in which the rows of a kind are zero."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, kinds in labelled(model):
+            view_OI(layer.weight, is_transposed(layer))[kinds == kind] = 0
+            if layer.bias is not None:
+                layer.bias[kinds == kind] = 0
+    return model
+
+
 @pytest.mark.parametrize("architecture", FUSED)
 def test_rows_are_what_their_labels_say(architecture):
     model = build(architecture)
     for grad_y, kinds in output_gradients(model):
         negligible = 1e-6 * grad_y.abs().max()
         of_last_token = grad_y[:, -1].abs().amax(0)
-        assert (of_last_token[kinds == 0] > 0).all()
-        assert (of_last_token[(kinds == 1) | (kinds == 2)] <= negligible).all()
-        assert (grad_y[:, :-1].abs().amax((0, 1))[kinds != 0] > negligible).all()
-
-    without_v = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer, kinds in labelled(without_v):
-            view_OI(layer.weight, is_transposed(layer))[kinds == 2] = 0
-            if layer.bias is not None:
-                layer.bias[kinds == 2] = 0
-    for grad_y, kinds in output_gradients(without_v):
+        assert (of_last_token[np.isin(kinds, ["q", "gate"])] > 0).all()
+        assert (of_last_token[np.isin(kinds, ["k", "v"])] <= negligible).all()
+        assert (grad_y[:, :-1].abs().amax((0, 1))[kinds != "q"] > negligible).all()
+    for grad_y, kinds in output_gradients(without(model, "v")):
         of_rows = grad_y.abs().amax((0, 1))
-        assert (of_rows[(kinds == 0) | (kinds == 1)] == 0).all()
-        assert (of_rows[kinds == 2] > 0).all()
+        assert (of_rows[np.isin(kinds, ["q", "k", "gate"])] == 0).all()
+        assert (of_rows[kinds == "v"] > 0).all()
+    for grad_y, kinds in output_gradients(without(model, "k")):
+        of_rows = grad_y.abs().amax((0, 1))
+        assert (of_rows[kinds == "q"] == 0).all()
+        assert (of_rows[np.isin(kinds, ["k", "v", "gate"])] > 0).all()
 
 
 def plan_of(architecture, **changes):

@@ -16,6 +16,8 @@ NEOX = SimpleNamespace(model_type="gpt_neox", num_attention_heads=2, hidden_size
 PHI3 = SimpleNamespace(model_type="phi3", num_attention_heads=4, num_key_value_heads=2, hidden_size=16)
 GPT2 = SimpleNamespace(model_type="gpt2", num_attention_heads=2, hidden_size=16)
 
+QWEN3_NEXT = SimpleNamespace(model_type="qwen3_next", num_attention_heads=2, hidden_size=16)
+
 
 class Model(nn.Module):
     def __init__(self, model_type, **layers):
@@ -35,9 +37,12 @@ class Model(nn.Module):
         (GPT2, "c_attn", 48, 16, "q k v"),
         (GPT2, "c_attn", 32, 16, "k v"),  # cross-attention
         (GPT2, "q_attn", 16, 16, "q"),
+        (QWEN3_NEXT, "q_proj", 32, 8, "q gate q gate"),
+        (QWEN3_NEXT, "q_proj", 32, 16, "mixed mixed"),
+        (QWEN3_NEXT, "k_proj", 16, 16, "k"),
         (PHI3, "gate_up_proj", 64, 16, ""),
         (PHI3, "qkv_proj", 36, 4, ""),  # more rows than the configuration accounts for
-        (None, "q_proj", 16, 8, "q q"),  # means the same in every model
+        (None, "q_proj", 16, 8, "q q"),
         (None, "query_key_value", 48, 16, ""),
     ],
 )

@@ -95,7 +95,14 @@ def _mla_up(config: Any, rows: int) -> Runs:
     return [("k", config.qk_nope_head_dim), ("v", config.v_head_dim)] * config.num_attention_heads
 
 
+def _gated_q(config: Any, rows: int) -> Runs:
+    """Qwen3-Next's q_proj: for each head its q, then the gate of its output."""
+    size = rows // (2 * config.num_attention_heads)
+    return [("q", size), ("gate", size)] * config.num_attention_heads
+
+
 _SPLIT: dict[str, Layout] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+_GATED: dict[str, Layout] = _SPLIT | {"q_proj": _gated_q}
 _BERT: dict[str, Layout] = {"query": "q", "key": "k", "value": "v"}
 _T5: dict[str, Layout] = {"q": "q", "k": "k", "v": "v"}
 _MLA: dict[str, Layout] = {
@@ -108,11 +115,12 @@ _MLA: dict[str, Layout] = {
 
 ATTENTION: dict[str, Mapping[str, Layout]] = {
     **dict.fromkeys(
-        "apertus arcee bamba bart bitnet cohere cohere2 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon_h1 "
-        "flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt_neo gpt_oss gptj granite "
-        "granitemoe granitemoehybrid helium hunyuan_v1_dense hunyuan_v1_moe jais2 jamba lfm2 llama llama4_text "
-        "minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe opt phi phimoe qwen2 "
-        "qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 stablelm starcoder2 vaultgemma vit xglm".split(),
+        "afmoe apertus arcee bamba bart bitnet cohere cohere2 cwm diffllama doge dots1 ernie4_5 ernie4_5_moe "
+        "exaone4 falcon_h1 flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt_neo "
+        "gpt_oss gptj granite granitemoe granitemoehybrid helium hunyuan_v1_dense hunyuan_v1_moe jais2 jamba lfm2 "
+        "llama llama4_text minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 "
+        "olmo_hybrid olmoe opt phi phimoe qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 "
+        "solar_open stablelm starcoder2 vaultgemma vit xglm".split(),
         _SPLIT,
     ),
     "bert": _BERT,
@@ -133,8 +141,12 @@ ATTENTION: dict[str, Mapping[str, Layout]] = {
     "openai-gpt": {"c_attn": _thirds},
     "persimmon": {"query_key_value": _interleaved_heads},
     "phi3": {"qkv_proj": _concatenated_groups},
+    "qwen3_5_moe_text": _GATED,
+    "qwen3_5_text": _GATED,
+    "qwen3_next": _GATED,
     "roberta": _BERT,
     "t5": _T5,
+    "youtu": _MLA,
 }
 """By `model.config.model_type`, the projections that read an attention's input: the default targets (paper §3.1)."""
 
@@ -188,10 +200,11 @@ def row_kinds(model_config: Any, name: str, out_features: int, block_size: int) 
 
     Args:
         model_config: of a transformers model; its `model_type` decides how a fused projection lies.
-        name: of the module; its last component counts. `q_proj`, `k_proj` and `v_proj` mean the same in every model.
+        name: of the module; its last component counts. In a model that is not in `ATTENTION`, `q_proj`, `k_proj` and
+            `v_proj` are taken for what they say.
         out_features, block_size: O and l, of which l is a divisor.
     Returns:
-        (R,) of "q", "k", "v", or "mixed" where the rows of a block serve several; empty where that is not known.
+        (R,) of "q", "k", "v", "gate", or "mixed" where a block's rows serve several; empty where that is not known.
     """
     last = name.rpartition(".")[2]
     layout = ATTENTION.get(getattr(model_config, "model_type", ""), _SPLIT).get(last)
