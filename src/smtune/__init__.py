@@ -33,8 +33,10 @@ __all__ = [
 if find_spec("peft") is not None:
     from smtune.tuner import (
         SMTConfig,
+        add_weighted_adapter,
         dequantize,
         get_smt_model,
+        hotswap_adapter,
         make_plan,
         preprocess_smt,
         score_blocks,
@@ -43,8 +45,10 @@ if find_spec("peft") is not None:
 
     __all__ += [
         "SMTConfig",
+        "add_weighted_adapter",
         "dequantize",
         "get_smt_model",
+        "hotswap_adapter",
         "make_plan",
         "preprocess_smt",
         "score_blocks",

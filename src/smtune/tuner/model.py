@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,6 +16,7 @@ from smtune.scoring import DATA_FREE
 from smtune.selection import Plan
 from smtune.tuner.config import SMTConfig
 from smtune.tuner.layer import SMTLayer, SMTLinear
+from smtune.tuner.mixed import check_adapter_names, mixed_batch
 from smtune.tuner.plan import make_plan
 from smtune.tuner.quantised import check_backward, keep_trainable
 from smtune.tuner.sharing import SharedInput
@@ -37,16 +39,21 @@ class SMTModel(BaseTuner):
     tuner_layer_cls = SMTLayer
     target_module_mapping = DEFAULT_TARGETS
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # older than peft 0.21
+            self.register_load_state_dict_pre_hook(_check_checkpoint)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Before anything is replaced; PEFT's own hook for this is not called for a second adapter.
         config = self.peft_config[adapter_name]
         self._complete(model, config)
-        self._check_block_size(adapter_name, config)
+        self.check_block_size(adapter_name, config)
         if not config.inference_mode:
             check_backward(model)
             keep_trainable(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _share_inputs(model)
+        share_inputs(model)
 
     @staticmethod
     def _complete(model: nn.Module, config: Any) -> None:
@@ -65,7 +72,8 @@ class SMTModel(BaseTuner):
         if config.target_modules is None:
             config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
 
-    def _check_block_size(self, adapter_name: str, config: Any) -> None:
+    def check_block_size(self, adapter_name: str, config: Any) -> None:
+        """Raises InputError if another adapter than the named one has blocks of another size in a layer of `config`."""
         configs: dict[str, Any] = self.peft_config
         for name, other in configs.items():
             shared = config.block_map().keys() & other.block_map().keys()
@@ -100,17 +108,22 @@ class SMTModel(BaseTuner):
         if isinstance(target, SMTLinear):
             target.update_layer(adapter_name, places, peft_config.init_weights)
             return
-        layer = SMTLinear(target, self._mode(peft_config.mode, target, current_key), current_key)
-        if quantization_utils is not None and not layer.is_dense:
-            options = quantization_utils.get_quantization_kwargs(self.model)
-            # peft refuses weights that torchao has quantised without transformers: these train, but do not merge.
-            with suppress(ValueError):
-                layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
+        layer = self.wrapped(peft_config, target, current_key)
         self._replace_module(parent, target_name, layer, target)  # first: it moves what it finds to the base's device
         layer.update_layer(adapter_name, places, peft_config.init_weights)
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+
+    def wrapped(self, config: Any, target: nn.Module, name: str) -> SMTLinear:
+        """`target` as the base of a layer without adapters, not yet in its place."""
+        layer = SMTLinear(target, self._mode(config.mode, target, name), name)
+        if quantization_utils is not None and not layer.is_dense:
+            options = quantization_utils.get_quantization_kwargs(self.model)
+            # peft refuses weights that torchao has quantised without transformers: these train, but do not merge.
+            with suppress(ValueError):
+                layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
+        return layer
 
     def _mode(self, mode: str, target: Any, name: str) -> str:
         """Blocks written into a weight that other modules share, such as tied embeddings, would act in those too."""
@@ -130,35 +143,37 @@ class SMTModel(BaseTuner):
         was_active = adapter_name in self.active_adapters
         remaining = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        if was_active:
+        names = remaining or [*self.peft_config][:1]
+        if was_active and names:
             # PEFT lets each layer choose among its own adapters; layers with other ones would disagree.
-            self.set_adapter(remaining or [*self.peft_config][:1])
+            self.set_adapter(names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own hands the child's weight on to a layer that is unloaded. That has its weight, and a wrapper of
+        # trained tokens has none to give.
+        if isinstance(new_module, SMTLinear):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
         """As PEFT does; but a checkpoint of other layers than the adapter's is refused, not passed over."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-        def of_blocks(keys: Any) -> set[str]:
-            return {key.removeprefix("base_model.model.") for key in keys if ".smt_blocks." in key}
-
         marker = f".smt_blocks.{adapter_name}."
-        wrong = of_blocks(remapped) ^ of_blocks(key for key in model.state_dict() if marker in key)
-        if wrong:
-            raise InputError(
-                f"Expected a checkpoint of the plan of adapter {adapter_name!r}. Got one that trains other layers, "
-                f"such as {sorted(wrong)[0]}: load it under another name, with the adapter_config.json saved beside it."
-            )
+        _check_same_layers(adapter_name, remapped, (key for key in model.state_dict() if marker in key))
         return remapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
         """Stands around every forward of the PEFT model."""
-        if kwargs.get("adapter_names") is not None:
-            raise InputError(
-                "Expected one adapter for the whole batch. Got `adapter_names`: mixed batches are not supported by "
-                "SMT. Call `set_adapter` and run each adapter's rows apart."
-            )
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            check_adapter_names(names, self.peft_config, self.training)
+            with mixed_batch(self.model, names, kwargs):
+                yield
+            return
         # transformers and PEFT make the embeddings' output require a gradient when checkpointing is on, and keep these
         # hooks; the backward shall end at the lowest trained layer all the same. A compiler would break its graph here.
         asked = getattr(self.model, "_require_grads_hooks", None)
@@ -170,7 +185,30 @@ class SMTModel(BaseTuner):
             yield
 
 
-def _share_inputs(model: nn.Module) -> None:
+def _check_checkpoint(tuner: SMTModel, state_dict: dict, prefix: str, *args: Any) -> None:
+    """Before a state dict is loaded: every adapter that it has blocks of has to have them in the same layers."""
+    for name in tuner.peft_config:
+        marker = f".smt_blocks.{name}."
+        checkpoint = [key.removeprefix(prefix) for key in state_dict if marker in key]
+        if checkpoint:
+            _check_same_layers(name, checkpoint, (key for key in tuner.state_dict() if marker in key))
+
+
+def _check_same_layers(adapter_name: str, checkpoint: Iterable[str], model: Iterable[str]) -> None:
+    """Raises InputError unless both sets of keys have the blocks of the same layers."""
+
+    def of_blocks(keys: Iterable[str]) -> set[str]:
+        return {key.removeprefix("base_model.model.") for key in keys if ".smt_blocks." in key}
+
+    wrong = of_blocks(checkpoint) ^ of_blocks(model)
+    if wrong:
+        raise InputError(
+            f"Expected a checkpoint of the plan of adapter {adapter_name!r}. Got one that trains other layers, such as "
+            f"{sorted(wrong)[0]}: load it under another name, with the adapter_config.json saved beside it."
+        )
+
+
+def share_inputs(model: nn.Module) -> None:
     """Let layers that read one input, such as q, k and v of an attention, save its columns together."""
     for parent in model.modules():
         groups: dict[tuple[frozenset[str], int, int], list[SMTLinear]] = {}
