@@ -12,6 +12,7 @@ from smtune.evaluation.statistics import (
     difference_over_seeds,
     mcnemar,
     mean,
+    p_value_of,
     paired_difference,
     verdict,
 )
@@ -156,3 +157,8 @@ def test_the_interval_of_a_difference_covers_the_truth():
 )
 def test_verdict(low, high, expected):
     assert verdict(Estimate((low + high) / 2, low, high)) == expected
+
+
+@pytest.mark.parametrize(("value", "half", "p"), [(0.0, 0.1, 1.0), (0.1, 0.1, 0.05), (-0.2, 0.1, 8.86e-5)])
+def test_p_value_of_an_interval(value, half, p):
+    assert p_value_of(Estimate(value, value - half, value + half)) == pytest.approx(p, rel=0.01)

@@ -70,8 +70,8 @@ def test_verdicts(tmp_path):
         save(store, arm.sweep()[0], right)
     page = page_of(made, request, store, tmp_path)
     assert "| 50.0 (45.1 to 54.9) | – |" in line(page, "SMT")
-    assert "+0.0 (−0.5 to +0.5), *tie*" in line(page, "LoRA")
-    assert re.search(r"\+25\.0 \(\+2\d.* to \+[23]\d.*\), \*better\*", line(page, "DoRA"))
+    assert "+0.0 (−0.5 to +0.5), p = 1, *tie*" in line(page, "LoRA")
+    assert re.search(r"\+25\.0 \(\+2\d.* to \+[23]\d.*\), p < 0\.001, \*better\*", line(page, "DoRA"))
     assert "*worse*" in line(page, "SIFT")
     assert "incomplete" not in page
     assert "not a result" not in page
@@ -141,6 +141,7 @@ def test_the_papers_numbers_stand_apart(tmp_path):
 def test_memory_claims_are_judged(tmp_path):
     made = load_experiment("memory")
     request, store = Request(["memory"], Setting("paper")), Store(tmp_path)
+    assert {cell.config["recipe"]["batch_size"] for arm in request.arms(made) for cell in arm.sweep()} == {16}
     totals = {"Full fine-tuning": 100, "SMT": 25, "LoRA": 24}
     for arm in request.arms(made):
         values = dict.fromkeys(("base", "trained", "gradients", "optimizer", "originals", "activations"), 10**9)

@@ -168,8 +168,15 @@ def difference_over_seeds(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool
     value = fmean(differences)
     seeds = [_of_seeds([fmean(run) for run in runs]) for runs in (a, b)]
     half = math.hypot(Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else 1.0, *seeds)
-    p_value = math.erfc(abs(value) / half * Z_95 / math.sqrt(2)) if half else float(value == 0)
-    return SeedsDifference(n, Estimate(value, max(-1.0, value - half), min(1.0, value + half)), p_value)
+    estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
+    return SeedsDifference(n, estimate, p_value_of(estimate))
+
+
+def p_value_of(difference: Estimate) -> float:
+    """The two-sided p-value that a difference is zero, by the normal distribution that its 95 % interval stands for."""
+    value = difference.value
+    half = value - difference.low if value > 0 else difference.high - value  # the side on which zero is
+    return math.erfc(abs(value) / half * Z_95 / math.sqrt(2)) if half else float(value == 0)
 
 
 def verdict(difference: Estimate) -> Verdict:

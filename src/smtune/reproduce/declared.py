@@ -85,7 +85,7 @@ class Experiment(_Section):
         kind: what a cell does: "train" (and evaluate), "select" (a plan only), "time" (steps), "memory" (count).
         layout: how it is shown.
         families: the tasks trained on and tested, of the tier's.
-        rows: by scale.
+        rows: by scale. models: by scale, those of the tier's models that rows without their own are run on; None: all.
         cells_of: another experiment whose rows these are.
         published: the paper's numbers; note: what else the page says.
     """
@@ -96,6 +96,7 @@ class Experiment(_Section):
     layout: Layout
     families: list[str] = ["choice"]
     rows: dict[Literal["embedded", "paper"], list[Row]] = {}
+    models: dict[Literal["embedded", "paper"], list[str]] = {}
     cells_of: str | None = None
     published: Published | None = None
     note: str = ""
@@ -106,11 +107,13 @@ class Experiment(_Section):
             raise ValueError("expected rows or cells_of, one of the two")
         return self
 
-    def rows_at(self, scale: str) -> list[Row]:
+    def rows_at(self, scale: Any) -> list[Row]:
         """The rows at a scale, its own or those of the experiment it shares cells with."""
         if self.cells_of is not None:
             return load_experiment(self.cells_of).rows_at(scale)
-        return self.rows.get(scale, [])  # type: ignore[call-overload]
+        models = self.models.get(scale)
+        rows = self.rows.get(scale, [])
+        return [row if row.models else row.model_copy(update={"models": models}) for row in rows]
 
 
 class Recipe(_Section):

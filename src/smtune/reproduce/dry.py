@@ -53,12 +53,8 @@ def estimate(request: Request, name: str) -> list[Estimate]:
     experiment, setting = load_experiment(name), request.setting
     tier, recipe = setting.declared, setting.recipe
 
-    def base(model: str, family: str) -> Record:
-        shared = {"tier": tier.name, "model": model, "dtype": tier.dtype, "block_size": tier.block_size}
-        return {**shared, "family": family, "recipe": recipe}
-
     found = []
-    for arm in arms(experiment, tier, request.seeds or tier.seeds, base):
+    for arm in arms(experiment, tier, request.seeds or tier.seeds, setting.shape):
         size = tier.families[arm.family].size
         counted = _count(setting, arm.model, *_memory_key(arm))
         steps = 0

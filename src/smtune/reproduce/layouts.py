@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from smtune.evaluation import accuracy_over_seeds, difference_over_seeds, verdict
-from smtune.evaluation.statistics import Estimate, mean
+from smtune.evaluation.statistics import Estimate, mean, p_value_of
 from smtune.files import write_text
 from smtune.maps.layout import projections
 from smtune.report import accuracy_bars, block_map, projection_shares
@@ -126,8 +126,9 @@ def _how(result: Result) -> str:
         "are several, seeds. "
         "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
         f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
-        "rows. *against SMT*: points, paired over items; *tie* where the whole interval lies within ±2 points, "
-        "*undecided* where it holds zero and more. *other text*: loss on held-out text of another kind."
+        "rows. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the whole "
+        "interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on held-out text "
+        "of another kind."
     )
     leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
     if leaked:
@@ -415,14 +416,12 @@ def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
     if not others or others[0][0] is arm:
         return DASH
     a, b = ([_right(record) for record in each] for each in (records, others[0][1]))
-    differences = [
-        difference_over_seeds([run[test] for run in a], [run[test] for run in b]).difference
-        for test in a[0]
-        if test in b[0]
-    ]
-    total = mean(differences)
+    found = [difference_over_seeds([run[test] for run in a], [run[test] for run in b]) for test in a[0] if test in b[0]]
+    total = mean([each.difference for each in found])
     low, high = 100 * total.low, 100 * total.high
-    return f"{100 * total.value:+.1f} ({low:+.1f} to {high:+.1f}), *{verdict(total)}*".replace("-", "−")
+    p_value = found[0].p_value if len(found) == 1 else p_value_of(total)
+    p = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+    return f"{100 * total.value:+.1f} ({low:+.1f} to {high:+.1f}), {p}, *{verdict(total)}*".replace("-", "−")
 
 
 def _is_variant(arm: Arm) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from smtune.reproduce.store import Store
 
 CELLS = "cells"
 FAILED = "failed"
+SECONDS_BETWEEN_REPORTS = 120
 Say = Callable[[str], object]
 
 
@@ -48,9 +51,10 @@ class Request:
         return self.setting.is_cut or self.max_cells is not None
 
     def arms(self, experiment: Experiment) -> list[Arm]:
-        """The arms of an experiment. Its data is read, and hashed into their configuration."""
+        """The arms of an experiment. Its data is read, where it needs some, and hashed into their configuration."""
         tier = self.setting.declared
-        return list(arms(experiment, tier, self.seeds or tier.seeds, self.setting.base))
+        base = self.setting.shape if experiment.kind == "memory" else self.setting.base
+        return list(arms(experiment, tier, self.seeds or tier.seeds, base))
 
     def wanted(self, arms: Sequence[Arm], store: Store) -> list[Cell]:
         """The cells known so far, in order: all sweeps, then the other seeds at the rates that were found best."""
@@ -172,7 +176,8 @@ def check_cell(cell_id: str, store: Store, setting: Setting, threads: int | None
 
     before = store.load(cell_id)
     config = before["config"]
-    here = {**config, **setting.base(config["model"], config["family"])}
+    shared = setting.shape if config["kind"] == "memory" else setting.base
+    here = {**config, **shared(config["model"], config["family"])}
     differing = [key for key in config if here[key] != config[key]]
     if differing:
         raise InputError(
@@ -245,4 +250,19 @@ def _start_worker(numbers: Any, threads: int | None) -> None:
 def _in_worker(cell: Cell, setting: Setting) -> Any:
     from smtune.reproduce.work import run_cell
 
-    return run_cell(cell, setting)
+    return run_cell(cell, setting, on_step=_Reporter(cell.label))
+
+
+class _Reporter:
+    """Tells of the steps of a long cell, once in a while."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.started = self.told = time.monotonic()
+
+    def __call__(self, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self.told > SECONDS_BETWEEN_REPORTS:
+            self.told = now
+            left = timedelta(seconds=round((now - self.started) / step * (steps - step)))
+            print(f"{self.label}: step {step:,} of {steps:,}, {left} left to train", file=sys.stderr, flush=True)

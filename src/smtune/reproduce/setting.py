@@ -62,21 +62,17 @@ class Setting:
         name = self.declared.models[model].name
         return str(mini.folder()) if name == "mini" else name
 
-    def base(self, model: str, family: str) -> Record:
-        """What the cells of a model and a family share."""
+    def shape(self, model: str, family: str) -> Record:
+        """What the cells of a model and a family share that needs neither weights nor data."""
         tier = self.declared
-        data, evaluation = load_data(self, family), tier.evaluation
-        return {
-            "tier": self.tier,
-            "model": model,
-            "weights": weights(self, model),
-            "dtype": tier.dtype,
-            "block_size": tier.block_size,
-            "family": family,
-            "data": data.identity,
-            "recipe": self.recipe,
-            "evaluation": evaluation.model_dump(exclude={"items"}),
-        }
+        shared = {"tier": self.tier, "model": model, "dtype": tier.dtype, "block_size": tier.block_size}
+        return {**shared, "family": family, "recipe": self.recipe}
+
+    def base(self, model: str, family: str) -> Record:
+        """What the cells of a model and a family share. Reads the data."""
+        named = {"data": load_data(self, family).identity, "weights": weights(self, model)}
+        evaluation = self.declared.evaluation.model_dump(exclude={"items"})
+        return {**self.shape(model, family), **named, "evaluation": evaluation}
 
 
 @dataclass(frozen=True)

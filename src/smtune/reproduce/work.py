@@ -125,6 +125,7 @@ def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_
     recipe, rows = config["recipe"], _rows(setting, config["model"], config["family"])
     collator = _collator(tokenizer)
     model = _base(config, setting, device)
+    total = sum(parameter.numel() for parameter in model.parameters())
     # Blocks at random places, the worst case: where they are changes no other cost.
     plan = arms.count_plan(model, config) if config["method"] == "smt" else None
     arm = arms.build(model, config, None, plan)
@@ -139,7 +140,6 @@ def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_
         seconds.append(sum(taken))
         on_step(step + 1, warmup + steps)
     trained = sum(parameter.numel() for parameter in arm.trained)
-    total = sum(parameter.numel() for parameter in _base(config, setting, torch.device("cpu")).parameters())
     metrics = {"trained_parameters": trained, "total_parameters": total, "steps": steps}
     measured = {"step_seconds": [round(one, 5) for one in seconds[warmup:]]}
     return Outcome(_record(metrics, measured, None, data), [])
