@@ -87,22 +87,54 @@ def twin(
     config = smtune.SMTConfig(block_size=block_size, policy="per_module", **changes)
     config.budget = BLOCKS_EACH * len(find_targets(base, config))
     before = {name: value.clone() for name, value in base.state_dict().items()}
+    torch.manual_seed(0)
     plan = smtune.make_plan(base, batches[:2], config)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
     model = copy.deepcopy(base).requires_grad_(False)
     modules = dict(model.named_modules())
-    weights = {}
+    weights, masked = {}, []
     for name, planned in plan.modules.items():
         assert len(planned.rows) == BLOCKS_EACH
         weight = weights[name] = modules[name].weight.requires_grad_()
         where = view_OI(mask(plan, name), is_transposed(modules[name]))
+        masked.append((weight, where))
+    check_plan(plan, dense_scores(model, weights, batches[:2], block_size))
+    for weight, where in masked:
         weight.register_hook(lambda gradient, where=where: gradient * where)
     if before_training:
         before_training(model)
     losses = train(model, list(weights.values()), batches)
     final = {name: view_OI(weight.detach(), is_transposed(modules[name])) for name, weight in weights.items()}
     return Twin(base, config, plan, batches, losses, final)
+
+
+def dense_scores(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch], block_size: int
+) -> dict[str, Tensor]:
+    """(R, C) means over the blocks of |Σ gradient|, by plain autograd in train mode."""
+    torch.manual_seed(0)
+    model.train()
+    modules = dict(model.named_modules())
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in batches:
+        gradients = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+        for name, gradient in zip(weights, gradients):
+            sums[name] += gradient
+    return {
+        name: smtune.blocks.tile(view_OI(total.abs(), is_transposed(modules[name])), block_size).mean((-1, -2))
+        for name, total in sums.items()
+    }
+
+
+def check_plan(plan: smtune.Plan, scores: Mapping[str, Tensor]) -> None:
+    """The plan's scores are the dense gradients', and its blocks are the best of each matrix."""
+    for name, score in scores.items():
+        module = plan.modules[name]
+        expected = [score.mean().item(), score.max().item()]
+        torch.testing.assert_close([module.score_mean, module.score_max], expected, rtol=1e-4, atol=1e-9)
+        chosen = score[list(module.rows), list(module.cols)].sum()
+        torch.testing.assert_close(chosen, score.flatten().topk(len(module.rows)).values.sum(), rtol=1e-4, atol=1e-9)
 
 
 def check_targets(base: nn.Module, plan: smtune.Plan) -> None:
