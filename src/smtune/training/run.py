@@ -735,7 +735,8 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
             file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")
             write_text(path / "README.md", _model_card(config, trainer.state.global_step))
             if config.method == "smt":
-                write_card(path, smtune.SMTConfig.from_pretrained(path), f"smtune.models.load_model({anywhere!r})")
+                saved: Any = smtune.SMTConfig.from_pretrained(str(path))
+                write_card(path, saved, f"smtune.models.load_model({anywhere!r})")
 
     if PartialState().is_main_process:
         write_folder(folder.trained(config.method), fill)
