@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import smtune
 from smtune import InputError
 from smtune.models import skeleton
+from smtune.sharded import whole
 from smtune.training import parse_config, run
 
 WORLD_SIZE, STEPS, ACCUMULATION = 2, 4, 2
@@ -250,6 +253,20 @@ def run_zero(engine: str, folder: Path, mode: str) -> dict:
     return result
 
 
+def run_in_bf16(engine: str, folder: Path) -> dict:
+    """DeepSpeed's bf16, which makes the blocks bf16 with an fp32 master: what is saved, and what the model has."""
+    import deepspeed
+
+    model = peft.get_peft_model(load_base(folder), smt_config().with_plan(smtune.Plan.load(folder / "plan.json")))
+    config = zero_config(engine) | {"bf16": {"enabled": True}}
+    wrapped, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    train_by_deepspeed(wrapped)
+    blocks = {name: whole(p).to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    result = {"saved": smtune.trained_state_dict(model), "blocks": blocks}
+    wrapped.destroy()
+    return result
+
+
 def score_sharded(engine: str, folder: Path) -> dict:
     """Plans by scoring a base whose weights are sharded, and what unequal numbers of batches lead to."""
     base = load_base(folder)
@@ -398,6 +415,27 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def call(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Run a launcher on CPUs, one thread a process. All that it has started ends after 20 minutes, or with the test."""
+    tools = str(Path(sys.executable).parent)  # where launchers look for python, and deepspeed for ninja
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_SIZE": str(WORLD_SIZE),  # how many devices deepspeed sees on CPUs
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+    }
+    options: dict = {"env": environment, "cwd": folder, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        try:
+            output, errors = process.communicate(timeout=1200)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
 def let_accelerate_shard_on_cpus() -> None:
     """Accelerate shards over processes only where they have accelerators; here CPUs pass for those."""
     from accelerate.state import PartialState
@@ -428,6 +466,8 @@ def main(engine: str, folder: Path) -> None:
     results = {mode: run_one(engine, folder, mode) for mode in MODES}
     if engine in ("FSDP2", "ZeRO-3"):
         results["scoring"] = score_sharded(engine, folder)
+    if engine in ("ZeRO-2", "ZeRO-3"):
+        results["bf16"] = run_in_bf16(engine, folder)
     if engine in ("DDP", "FSDP2"):
         results["bytes"] = {method: bytes_reduced(engine, folder, method) for method in ("smt", "full")}
     run_trainer(engine, folder)

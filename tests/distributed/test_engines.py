@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -62,18 +61,9 @@ def launch(engine: str, folder: Path) -> list[dict] | str:
         if os.environ.get(REQUIRE_DEEPSPEED) == "1":
             pytest.fail(f"deepspeed is not installed, but {REQUIRE_DEEPSPEED}=1")
         pytest.skip("needs deepspeed: pip install 'smtune[distributed]'")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "LOCAL_SIZE": str(WORLD_SIZE),  # how many devices deepspeed sees on CPUs
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # for ninja and python
-    }
-    command = [*launcher(engine), engines.__file__, engine, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, cwd=folder)
+    done = engines.call([*launcher(engine), engines.__file__, engine, str(folder)], folder)
     if done.returncode:
-        return f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
+        return f"{' '.join(done.args)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
@@ -155,6 +145,17 @@ def test_an_adapter_is_written_whole(engine, mode, alone, ranks):
     assert not torch.allclose(logits, untrained, atol=1e-2)
 
 
+@over("ZeRO-2", "ZeRO-3")
+def test_the_fp32_master_of_bf16_blocks_is_saved(engine, ranks):
+    saved, blocks = (ranks[1][0]["bf16"][key] for key in ("saved", "blocks"))
+    assert saved.keys() >= blocks.keys()
+    for name, block in blocks.items():
+        assert block.dtype == torch.bfloat16
+        assert saved[name].dtype == torch.float32
+        assert torch.equal(saved[name].bfloat16(), block)
+        assert (saved[name] != block).any()  # it has bits that bf16 has not
+
+
 @pytest.mark.support("Engines", row="{engine}", column="scoring", against="one process that sees all batches")
 @over(*WHOLE)
 def test_the_plan_is_that_of_one_process(engine, alone, ranks):
@@ -192,7 +193,8 @@ def test_trainer_trains_as_one_process(engine, alone, ranks):
     whole, expected = ranks[0] / "whole", alone[0] / "whole"
     assert_same_tensors(adapter_of(whole / "adapter"), adapter_of(expected / "adapter"))
     events, expected_events = (read_metrics(path / "metrics.jsonl") for path in (whole, expected))
-    for key in ("loss", "grad_norm", "learning_rate"):
+    # Of an optimizer that DeepSpeed has made itself, Trainer logs the rate of the next step.
+    for key in ("loss", "grad_norm", *["learning_rate"] * ("offload" not in engine)):
         assert [e[key] for e in events] == pytest.approx([e[key] for e in expected_events], rel=1e-5), key
     assert [e["tokens"] for e in events] == [e["tokens"] for e in expected_events]
     assert min(e["grad_norm"] for e in expected_events) > engines.CLIP
@@ -203,13 +205,17 @@ def test_trainer_trains_as_one_process(engine, alone, ranks):
 @pytest.mark.support("Engines", row="{engine}", column="resume", against="the same processes without a stop")
 @over_all()
 def test_a_resumed_run_ends_as_one_without_a_stop(engine, ranks):
+    """To the bit; CPUAdam's powers of β are products until it is resumed, and then one call of pow."""
     whole, resumed = (ranks[0] / output for output in ("whole", "stopped"))
-    assert_same_tensors(adapter_of(resumed / "adapter"), adapter_of(whole / "adapter"), 0.0)
+    tolerance = 1e-6 if "offload" in engine else 0.0
+    assert_same_tensors(adapter_of(resumed / "adapter"), adapter_of(whole / "adapter"), tolerance)
     timeless = [
         [{k: v for k, v in e.items() if k not in ("elapsed", "tokens_per_second")} for e in read_metrics(path)]
         for path in (resumed / "metrics.jsonl", whole / "metrics.jsonl")
     ]
-    assert timeless[0] == timeless[1]
+    assert len(timeless[0]) == len(timeless[1]) == 6
+    for event, expected in zip(*timeless):
+        assert event == pytest.approx(expected, rel=tolerance, abs=0)
 
 
 @over("DDP", "FSDP2")

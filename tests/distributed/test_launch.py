@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from safetensors.torch import load_file
 from smtune import cli
 from smtune.training import parse_config, read_metrics, train
 
-TOOLS = Path(sys.executable).parent
+SMTUNE = [sys.executable, "-m", "smtune"]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +36,6 @@ def write_recipe(folder, output, processes=2, **training) -> str:
     path = folder / f"{output}.yaml"
     path.write_text(yaml.safe_dump(engines.recipe(folder, output, processes, **training)))
     return str(path)
-
-
-def call(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    environment["PATH"] = f"{TOOLS}{os.pathsep}{environment['PATH']}"
-    return subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment)
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -68,7 +60,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 @pytest.mark.support("Engines", row="DDP", column="smtune train --nproc", against="smtune train, one process")
 def test_nproc_trains_as_one_process(folder, alone):
-    done = call(sys.executable, "-m", "smtune", "train", write_recipe(folder, "two"), "--nproc", "2")
+    done = engines.call([*SMTUNE, "train", write_recipe(folder, "two"), "--nproc", "2"], folder)
     assert done.returncode == 0, done.stderr
     for text in ("Data: ", "Plan: ", "Training 2,304 of", "step 1/6", "Trained "):
         assert done.stderr.count(text) == 1, done.stderr  # the first process tells, the other is silent
@@ -78,7 +70,7 @@ def test_nproc_trains_as_one_process(folder, alone):
 
 def test_a_fault_is_told_once(folder):
     recipe = write_recipe(folder, "faulty")
-    done = call(sys.executable, "-m", "smtune", "train", recipe, "smt.budget=1e-6", "--nproc", "2")
+    done = engines.call([*SMTUNE, "train", recipe, "smt.budget=1e-6", "--nproc", "2"], folder)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("Expected a budget of at least one block") == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -92,19 +84,11 @@ def test_accelerate_launch_with_deepspeed(folder, alone):
     config = json.loads((engines.EXAMPLES / "zero2.json").read_text())
     del config["optimizer"]  # FusedAdam, which would be compiled
     (folder / "zero2.json").write_text(json.dumps(config | {"zero_allow_untested_optimizer": True}))
-    done = call(
-        *(
-            str(TOOLS / "accelerate"),
-            "launch",
-            "--use_deepspeed",
-            "--deepspeed_config_file",
-            str(folder / "zero2.json"),
-        ),
-        *("--num_processes", "2", "--num_machines", "1", "--main_process_port", str(engines.free_port())),
-        *("-m", "smtune", "train", write_recipe(folder, "accelerated")),
-        DS_ACCELERATOR="cpu",
-        LOCAL_SIZE="2",
-    )
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines", "1"]
+    engine = ["--use_deepspeed", "--deepspeed_config_file", str(folder / "zero2.json"), "--num_processes", "2"]
+    port = ["--main_process_port", str(engines.free_port())]
+    command = [*accelerate, *engine, *port, *SMTUNE[1:], "train", write_recipe(folder, "accelerated")]
+    done = engines.call(command, folder)
     assert done.returncode == 0, done.stderr
     assert_same_run(folder / "accelerated", alone)
 

@@ -381,13 +381,23 @@ def _check_engine(config: TrainConfig, processes: int | None = None) -> None:
     deepspeed, fsdp = config.training.deepspeed, config.training.fsdp
     if deepspeed is not None and find_spec("deepspeed") is None:
         raise InputError("training.deepspeed: deepspeed is not installed: pip install 'smtune[distributed]'.")
-    if isinstance(deepspeed, str) and not Path(deepspeed).expanduser().is_file():
-        raise InputError(f"training.deepspeed: expected a JSON file. There is none at {deepspeed}.")
+    if isinstance(deepspeed, str):
+        _read_engine_file(deepspeed)
     if fsdp is not None and (processes or int(os.environ.get("WORLD_SIZE", 1))) < 2:
         raise InputError(
             "training.fsdp: expected several processes to shard the model over. Got one: start them with --nproc, "
             "torchrun or accelerate launch, or leave it out."
         )
+
+
+def _read_engine_file(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"training.deepspeed: expected a JSON file at {path}. It cannot be read: {error}.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"training.deepspeed: expected a JSON object in {path}. Got something else.")
+    return values
 
 
 def _uses_deepspeed(config: TrainConfig) -> bool:
@@ -620,7 +630,7 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        deepspeed=training.deepspeed,
+        deepspeed=_read_engine_file(training.deepspeed) if isinstance(training.deepspeed, str) else training.deepspeed,
         bf16=config.method == "full" and config.dtype == "bfloat16",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
@@ -719,8 +729,9 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainCon
 
     model: Any = trainer.model
     state = trained_state_dict(model) if isinstance(model, peft.PeftModel) else None  # gathers from every process
-    if state is None and trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # of the others, nothing is saved
+    fsdp: Any = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if state is None and fsdp is not None:
+        fsdp.set_state_dict_type("FULL_STATE_DICT")  # of the others, nothing is saved
 
     def fill(path: Path) -> None:
         if state is None:
