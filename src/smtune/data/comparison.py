@@ -1,36 +1,39 @@
-"""A procedural choice task: who has the most, the fewest, more or fewer than another.
+"""A procedural yes-or-no task: whether more or fewer are there after a sum than a number given.
 
-The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' commonsense sets: what has to be
-learned is to compare the numbers and to name the option by its label. Whether a question belongs to training or to
-testing is decided by its hash. Imports `smtune.errors` and, of this package, `arithmetic` and `overlap`.
+The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' BoolQ. Blind guessing gets half
+of them. The answer is preceded by the sum, for a small model cannot do both at once. Whether a question belongs to
+training or to testing is decided by its hash. Imports `smtune.errors` and, of this package, `arithmetic` and `overlap`.
 """
 
 from __future__ import annotations
 
 import random
 
-from smtune.data.arithmetic import MAX_NUMBER, MAX_PROBLEMS, NAMES, THINGS, Split, split_of
+from smtune.data.arithmetic import MAX_NUMBER, MAX_PROBLEMS, NAMES, OPERATIONS, THINGS, Split, split_of
 from smtune.data.overlap import question_key
 from smtune.errors import InputError
 
-QUESTIONS = (
-    ("most", "Who has the most {things}?"),
-    ("fewest", "Who has the fewest {things}?"),
-    ("more", "Who has more {things} than {other}?"),
-    ("fewer", "Who has fewer {things} than {other}?"),
+STORIES = (
+    ("+", "{p} has {a} {things} and gets {b} more."),
+    ("+", "{p} found {a} {things} and bought {b}."),
+    ("-", "{p} has {a} {things} and gives {b} of them to {q}."),
+    ("-", "{p} had {a} {things} and lost {b} of them."),
 )
-"""(what is asked, question). For "more" and "fewer" the other has the middle number, so that one answer is right."""
+"""(sum, what happened)."""
+
+MAX_DISTANCE = 5
+"""Between the result and the number it is compared with; they are never equal."""
 
 
 def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
-    """`n` different questions with three options each.
+    """`n` different questions, each true or false with equal chance.
 
     Args:
         n: how many, 1 to `MAX_PROBLEMS`.
         seed: draws them; the same arguments give the same questions.
         split: "train" or "test"; no question is in both, whatever the other arguments.
     Returns:
-        Records of the instruction shape: `output` is "the correct answer is answer2", `answer` "answer2", `task`
+        Records of the instruction shape: `output` is the sum and "the correct answer is true", `answer` "true", `task`
         "comparison".
     Raises:
         InputError: `n` or `split` is none of these.
@@ -50,24 +53,24 @@ def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
 
 
 def _question(draw: random.Random) -> dict[str, str]:
-    asked, question = draw.choice(QUESTIONS)
-    names = draw.sample(NAMES, 3)
+    symbol, story = draw.choice(STORIES)
+    p, q = draw.sample(NAMES, 2)
     things = draw.choice(THINGS)
-    numbers = draw.sample(range(2, MAX_NUMBER + 1), 3)
-    fewest, middle, most = sorted(range(3), key=numbers.__getitem__)
-    right = most if asked in ("most", "more") else fewest
-    options = draw.sample(names, 3)
-    label = f"answer{options.index(names[right]) + 1}"
-    facts = "{} has {} {things}, {} has {} and {} has {}.".format(
-        *(part for pair in zip(names, numbers) for part in pair), things=things
-    )
-    listed = " ".join(f"Answer{number}: {option}" for number, option in enumerate(options, 1))
+    while True:
+        a, b = draw.randint(2, MAX_NUMBER), draw.randint(2, MAX_NUMBER)
+        result = OPERATIONS[symbol](a, b)
+        word, holds = draw.choice(("more", "fewer")), draw.random() < 0.5
+        is_below = (word == "more") == holds
+        other = result - draw.randint(1, MAX_DISTANCE) if is_below else result + draw.randint(1, MAX_DISTANCE)
+        if result > 0 and other > 0:
+            break
+    answer = "true" if holds else "false"
     return {
-        "instruction": f"Please choose the correct answer to the question: {facts} "
-        f"{question.format(things=things, other=names[middle])}\n\n{listed}\n\n"
-        "Answer format: answer1/answer2/answer3",
+        "instruction": "Please answer the following question with true or false, question: "
+        f"{story.format(p=p, q=q, a=a, b=b, things=things)} Does {p} have {word} than {other} {things} now?\n\n"
+        "Answer format: true/false",
         "input": "",
-        "output": f"the correct answer is {label}",
-        "answer": label,
+        "output": f"{a} {symbol} {b} = {result}\nthe correct answer is {answer}",
+        "answer": answer,
         "task": "comparison",
     }
