@@ -154,6 +154,8 @@ def _checkpoints_itself(layer: nn.Module) -> bool:
 
     Asked of the class, since a wrapper passes its layer's attributes off as its own.
     """
+    if layer._compiled_call_impl is not None:  # what hooks do to a checkpoint cannot be traced
+        return False
     return hasattr(type(layer), "gradient_checkpointing") and type(layer).__call__ is nn.Module.__call__
 
 

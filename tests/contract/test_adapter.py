@@ -398,25 +398,6 @@ def test_an_adapter_added_between_forward_and_backward():
     assert same(*({n: p.grad for n, p in m.named_parameters() if ".default." in n} for m in (model, expected)))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
-@pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_a_training_step_compiles_to_one_graph(mode):
-    eager = peft.get_peft_model(make_base().train(), make_config(mode=mode))
-    compiled = peft.get_peft_model(make_base().train(), make_config(mode=mode))
-    step = torch.compile(
-        lambda ids: compiled(input_ids=ids, labels=ids, use_cache=False).loss, fullgraph=True, backend="aot_eager"
-    )
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (eager, compiled)]
-    for _ in range(3):
-        losses = [eager(**BATCH).loss, step(IDS)]
-        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-        for loss, optimizer in zip(losses, optimizers):
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-
 # Layers that cannot be written into -------------------------------------------------------------------------------
 
 

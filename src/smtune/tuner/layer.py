@@ -190,7 +190,6 @@ class SMTLinear(nn.Module, SMTLayer):
         # The base's blocks over the union of all adapters, (U, l, l) in its dtype or a narrower one that holds them.
         self.register_buffer("smt_originals", None, persistent=False)
         self._union: BlockIndex | None = None
-        self._standing: _ActiveSet | None = None
         self._active_sets: dict[tuple[str, ...], _ActiveSet] = {}
         self._shared: SharedInput | None = None
         # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
@@ -232,7 +231,6 @@ class SMTLinear(nn.Module, SMTLayer):
         Args:
             blocks: made by `new_blocks`; None: the adapter leaves this layer whole.
         """
-        standing = self._standing
         self.restore()
         if blocks is None:
             del self.smt_blocks[adapter_name]
@@ -241,11 +239,7 @@ class SMTLinear(nn.Module, SMTLayer):
         else:
             self.smt_blocks[adapter_name] = blocks
         self._set_union()
-        self._adapters(self.active_adapters)
-        # What stood stands again, so that a compiled forward finds the layer as it left it.
-        adapters = self._adapters(standing.names) if standing is not None else None
-        if adapters is not None:
-            self._stand(adapters, adapters.total(self._deltas(adapters)))
+        self.prepare()
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.restore()
@@ -255,7 +249,26 @@ class SMTLinear(nn.Module, SMTLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self.restore()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._adapters(self.active_adapters)  # prepared here, so that a traced forward finds it
+        self._adapters(self.active_adapters)
+
+    def prepare(self) -> None:
+        """Make what a forward of the active adapters looks up, so that one that is traced has nothing to remember."""
+        adapters = self._adapters(self.active_adapters)
+        device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
+        if adapters is None or self._union is None or device is None or device.type == "meta":
+            return
+        index = adapters.index
+        if self._shared is not None and self.learning() is not None:
+            index = adapters.keeping(self._shared.columns())
+        adapters.positions(self._union)
+        self._union.on(device)
+        index.on(device)
+        index.columns.on(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
 
     def enable_adapters(self, enabled: bool) -> None:
         self.restore()
@@ -323,11 +336,14 @@ class SMTLinear(nn.Module, SMTLayer):
         return view_OI(self.base_layer.weight.data, self._transposed)
 
     def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
-        """Write original + total over the adapters' blocks of W, after taking out whatever else stands there."""
+        """Write original + total over the adapters' blocks of W, and the originals over those of other adapters.
+
+        Nothing is remembered of what stands in W, so a compiled forward has no state to guard or to change.
+        """
         values = self._values(adapters, total)
-        if self._standing is not adapters:
-            self.restore()
-            self._standing = adapters
+        assert self._union is not None
+        if adapters.positions(self._union) is not None:
+            self._write_originals()
         scatter_(self._weight_OI(), adapters.index, values)
 
     def _values(self, adapters: _ActiveSet, total: Tensor) -> Tensor:
@@ -342,10 +358,9 @@ class SMTLinear(nn.Module, SMTLayer):
         return (originals.to(dtype) + total.detach()).to(self.base_layer.weight.dtype)
 
     def restore(self) -> None:
-        """Take the resident blocks out of W: it is the base again, bit for bit."""
-        if self._standing is not None:
+        """Take resident blocks out of W, if there are any: it is the base again, bit for bit."""
+        if self.resident and not self.merged and self.smt_originals is not None:
             self._write_originals()
-            self._standing = None
 
     def _write_originals(self) -> None:
         if not _is_here(self.base_layer.weight):

@@ -138,6 +138,10 @@ class SMTModel(BaseTuner):
             )
         return "additive"
 
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        _prepare(self.model)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
         was_active = adapter_name in self.active_adapters
@@ -176,8 +180,8 @@ class SMTModel(BaseTuner):
             return
         # transformers and PEFT make the embeddings' output require a gradient when checkpointing is on, and keep these
         # hooks; the backward shall end at the lowest trained layer all the same. A compiler would break its graph here.
-        asked = getattr(self.model, "_require_grads_hooks", None)
-        if not asked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        asked = not torch.compiler.is_compiling() and getattr(self.model, "_require_grads_hooks", None)
+        if not asked or not torch.is_grad_enabled():
             yield
             return
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -220,3 +224,10 @@ def share_inputs(model: nn.Module) -> None:
                 shared = SharedInput(layers)
                 for layer in layers:
                     layer.share_input(shared)
+    _prepare(model)
+
+
+def _prepare(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, SMTLinear):
+            layer.prepare()

@@ -20,6 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from smtune.errors import InputError
+from smtune.sharded import is_sharded
 from smtune.weights import shape_OI
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -32,7 +33,7 @@ def is_quantised(layer: Any) -> bool:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):  # GPTQ and AWQ keep a `qweight`
         return True
-    if hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"):  # sharded by FSDP2 or ZeRO-3
+    if is_sharded(weight):
         return False
     return (
         type(weight) not in (nn.Parameter, Tensor)  # classes of bitsandbytes and torchao
