@@ -15,9 +15,11 @@ import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -30,6 +32,7 @@ from smtune import InputError
 from smtune.models import skeleton
 from smtune.sharded import whole
 from smtune.training import parse_config, run
+from smtune.tuner.layer import SMTLinear
 
 WORLD_SIZE, STEPS, ACCUMULATION = 2, 4, 2
 LEARNING_RATE, CLIP = 1e-2, 0.05
@@ -37,6 +40,9 @@ EPS = 1e-4
 """Of AdamW. By its default first steps are sign steps, and entries whose gradient is rounding noise go either way."""
 
 MODES = ("resident", "additive")
+REQUIRE_DEEPSPEED = "SMTUNE_REQUIRE_DEEPSPEED"
+"""Set to 1 (CI does) to turn a test that skips for want of deepspeed into a failure."""
+
 BY_PARTS = {"ZeRO-3, zero.Init": "ZeRO-3", "FSDP2, loaded by rank 0": "FSDP2"}
 """Engines that split the weights while they are loaded: then there is nothing to score with, and the plan is read."""
 
@@ -195,6 +201,9 @@ def finish(folder: Path, case: str, model, runs, seen: Seen, plan: smtune.Plan, 
         model: the PeftModel. runs: what is called, the engine's wrapper. users: the state dict of the engine's own
             making; None where `save_pretrained` needs none.
     """
+    layers = [layer for layer in model.modules() if isinstance(layer, SMTLinear)]
+    assert layers
+    assert all(layer.resident == (case == "resident") for layer in layers)
     runs.eval()
     with torch.no_grad():
         logits = runs(input_ids=random_batch(0)).logits
@@ -240,7 +249,8 @@ def run_zero(engine: str, folder: Path, mode: str) -> dict:
     base = load_base(folder)
     assert all(hasattr(parameter, "ds_id") == (alive is not None) for parameter in base.parameters())
     plan = plan_for(engine, folder, base, mode)
-    model = peft.get_peft_model(base, smt_config(mode).with_plan(plan))
+    by_itself = "auto" if alive is not None and mode == "additive" else mode  # as it becomes for weights in parts
+    model = peft.get_peft_model(base, smt_config(by_itself).with_plan(plan))
     kind = deepspeed.ops.adam.DeepSpeedCPUAdam if "offload" in engine else torch.optim.AdamW
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, kind), config=config)
     if "ZeRO-3" in engine:
@@ -413,6 +423,15 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def need_deepspeed() -> None:
+    """Skip the test where deepspeed is missing; fail it where it was said to be there."""
+    if find_spec("deepspeed") is not None:
+        return
+    if os.environ.get(REQUIRE_DEEPSPEED) == "1":
+        pytest.fail(f"deepspeed is not installed, but {REQUIRE_DEEPSPEED}=1")
+    pytest.skip("needs deepspeed: pip install 'smtune[distributed]'")
 
 
 def call(command: list[str], folder: Path) -> subprocess.CompletedProcess:

@@ -80,7 +80,7 @@ def test_a_fault_is_told_once(folder):
 @pytest.mark.nightly
 @pytest.mark.support("Engines", row="ZeRO-2", column="accelerate launch -m smtune", against="smtune train, one process")
 def test_accelerate_launch_with_deepspeed(folder, alone):
-    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'smtune[distributed]'")
+    engines.need_deepspeed()
     config = json.loads((engines.EXAMPLES / "zero2.json").read_text())
     del config["optimizer"]  # FusedAdam, which would be compiled
     (folder / "zero2.json").write_text(json.dumps(config | {"zero_allow_untested_optimizer": True}))

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 over two gloo processes train the blocks that one process trains, resident and additive."""
+"""DDP and `fully_shard` itself, also under checkpointing: two gloo processes train the blocks that one trains."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def rows(step):
     return torch.randint(0, 64, (2, 4, 12), generator=generator)
 
 
-def train(model, ids_of_step, scale=1.0):
+def train(model, ids_of_step):
     """Steps of two accumulated micro-batches each, with an evaluation in the middle of every step.
 
-    `scale` multiplies the loss. Returns the blocks by name, whole, and the losses of the evaluations.
+    Returns the blocks by name, whole, and the losses of the evaluations.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -68,7 +68,7 @@ def train(model, ids_of_step, scale=1.0):
             loss = model(input_ids=ids, labels=ids).loss
             with torch.no_grad():
                 losses.append(model(input_ids=ids, labels=ids).loss.item())
-            (loss * scale).backward()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     blocks = {
@@ -117,6 +117,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize(("wrapper", "mode", "checkpointing"), CASES)
 def test_two_processes_train_as_one(ranks, wrapper, mode, checkpointing):
