@@ -102,3 +102,32 @@ def test_the_parameter_itself_is_saved_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(N, I, requires_grad=True))
     assert any(tensor is layer.base_layer.weight for tensor in saved)
+
+
+def test_two_adapters_switch_and_the_base_comes_back():
+    layer, _ = twins("resident", torch.float32)
+    base = layer.base_layer.weight.clone()
+    layer.update_layer("second", BlockIndex.from_pairs(BlockGrid(O, I, SIZE), [(2, 1), (3, 3)]))
+    layer.smt_blocks["second"].weight.data.normal_()
+    x = torch.randn(4, 6, I)
+    for active in (["default"], ["second"], ["default", "second"]):
+        layer.set_adapter(active)
+        change = sum(layer.get_delta_weight(name) for name in active)
+        torch.testing.assert_close(
+            layer(x), torch.addmm(layer.base_layer.bias, x.flatten(0, 1), base + change).view(4, 6, O)
+        )
+        assert not torch.equal(layer.base_layer.weight, base)
+        assert torch.equal(layer.state_dict()["base_layer.weight"], base)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.equal(layer.base_layer.weight, base)
+
+
+def test_under_autocast_it_is_the_linear_layer():
+    layer, on_linear = twins("resident", torch.float32)
+    x = torch.randn(4, 6, I)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, expected = forward_backward(layer, x), forward_backward(on_linear, x)
+    assert ours[0].dtype == torch.bfloat16
+    for value, reference in zip(ours, expected):
+        torch.testing.assert_close(value, reference, rtol=2**-7, atol=2**-7)
