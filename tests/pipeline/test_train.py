@@ -425,6 +425,7 @@ def test_ordinary_use_prints_no_warning(configure):
     config = configure(method="smt")
     code = f"from smtune.training import load_config, train; train(load_config({config.output + '.yaml'!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # Installed by choice, and loud on import.
-    lines = [line for line in done.stderr.splitlines() if "kernels" not in line]
+    # Of bitsandbytes and torchao, which are installed by choice and loud on import.
+    loud = ("kernels", "torchao", "_pytree.py")
+    lines = [line for line in done.stderr.splitlines() if not any(word in line for word in loud)]
     assert all(line.startswith(("Data:", "Plan:", "Training ", "step ")) for line in lines), done.stderr
