@@ -191,6 +191,7 @@ def merge(
     """Write an adapter's blocks into its base model: a plain checkpoint that loads without smtune."""
     import smtune
     from smtune.models import DTYPES, load_model, load_tokenizer, quiet
+    from smtune.tuner.quantised import is_quantised
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"Expected a new or empty folder. {output} is not: choose another.")
@@ -199,6 +200,11 @@ def merge(
         raise InputError(f"Expected an adapter. {adapter} is a whole model already.")
     if dequantize:
         model = smtune.dequantize(model, DTYPES[dtype])
+    elif any(map(is_quantised, model.modules())):
+        raise InputError(
+            "Expected a base in 16 or 32 bits: transformers cannot save a quantised checkpoint again, and quantising "
+            f"anew would lose a part of what was trained. That of {adapter} is quantised: add --dequantize."
+        )
     merged = model.merge_and_unload(safe_merge=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))

@@ -226,6 +226,7 @@ def _forget_quantisation(model: Any) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    model.__dict__.pop("_weight_conversions", None)  # how a quantised checkpoint was read, which cannot be reversed
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, flag, False):
             setattr(model, flag, False)
