@@ -641,10 +641,11 @@ def test_comparison_answers_follow_from_the_question():
     records = comparison(1000, seed=4)
     for record in records:
         a, b, other = map(int, re.findall(r"\d+", record["instruction"]))
-        line, last = record["output"].split("\n")
+        line, compared, last = record["output"].split("\n")
         result = a + b if re.search("gets|bought", record["instruction"]) else a - b
         assert line == f"{a} {'+' if result > a else '-'} {b} = {result}"
         holds = result > other if " more than " in record["instruction"] else result < other
+        assert compared == f"{result} is {'more' if result > other else 'fewer'} than {other}"
         assert result != other
         assert record["answer"] == str(holds).lower()
         assert last == f"the correct answer is {record['answer']}"

@@ -1,8 +1,9 @@
 """A procedural yes-or-no task: whether more or fewer are there after a sum than a number given.
 
 The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' BoolQ. Blind guessing gets half
-of them. The answer is preceded by the sum, for a small model cannot do both at once. Whether a question belongs to
-training or to testing is decided by its hash. Imports `smtune.errors` and, of this package, `arithmetic` and `overlap`.
+of them. The answer is preceded by the sum and the comparison: a small model cannot do all at once. Whether a question
+belongs to training or to testing is decided by its hash. Imports `smtune.errors` and, of this
+package, `arithmetic` and `overlap`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
         seed: draws them; the same arguments give the same questions.
         split: "train" or "test"; no question is in both, whatever the other arguments.
     Returns:
-        Records of the instruction shape: `output` is the sum and "the correct answer is true", `answer` "true", `task`
-        "comparison".
+        Records of the instruction shape: `output` is the sum, the comparison and "the correct answer is true", `answer`
+        "true", `task` "comparison".
     Raises:
         InputError: `n` or `split` is none of these.
     """
@@ -64,13 +65,13 @@ def _question(draw: random.Random) -> dict[str, str]:
         other = result - draw.randint(1, MAX_DISTANCE) if is_below else result + draw.randint(1, MAX_DISTANCE)
         if result > 0 and other > 0:
             break
-    answer = "true" if holds else "false"
+    answer, relation = "true" if holds else "false", "more" if result > other else "fewer"
     return {
         "instruction": "Please answer the following question with true or false, question: "
         f"{story.format(p=p, q=q, a=a, b=b, things=things)} Does {p} have {word} than {other} {things} now?\n\n"
         "Answer format: true/false",
         "input": "",
-        "output": f"{a} {symbol} {b} = {result}\nthe correct answer is {answer}",
+        "output": f"{a} {symbol} {b} = {result}\n{result} is {relation} than {other}\nthe correct answer is {answer}",
         "answer": answer,
         "task": "comparison",
     }

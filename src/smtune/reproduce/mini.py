@@ -1,9 +1,9 @@
 """The tier's own base model: a Llama of 1.1 M parameters, pretrained here from a seed on text and tasks.
 
 It must know something, so that fine-tuning has something to build on, and be bad at what it is fine-tuned on. So it
-reads sums written as sums, told quantities without a question, instructions in the Alpaca prompt (sums in digits, which
-of two numbers is larger), and the packaged training texts; word problems, and questions that want true or false, it
-never sees. Of the packaged texts a tenth is held out, to tell what fine-tuning forgets.
+reads sums and comparisons written as such, told quantities without a question, instructions in the Alpaca prompt (sums
+in digits, which of two numbers is larger), and the packaged training texts; word problems, and questions that want true
+or false, it never sees. Of the packaged texts a tenth is held out, to tell what fine-tuning forgets.
 
 The weights are kept in bf16, as published models' are. They come to the same bits on the same machine and threads; the
 hash of what was made is in every cell that used it.
@@ -42,6 +42,8 @@ VOCABULARY = 1024
 TOKENIZER_DOCUMENTS = 20_000
 MAX_RESULT = 100
 HELD_OUT_SHARE = 10
+TEXTS = 2
+"""Counts up when `documents` changes: another recipe, another model."""
 
 ARCHITECTURE = {
     "hidden_size": 128,
@@ -62,6 +64,7 @@ RECIPE = {
     "warmup": WARMUP,
     "seed": SEED,
     "vocabulary": VOCABULARY,
+    "texts": TEXTS,
     "architecture": ARCHITECTURE,
 }
 Say = Callable[[str], object]
@@ -115,7 +118,7 @@ def documents(seed: int = SEED) -> Iterator[str]:
     packaged = [text for text in packaged if not is_held_out(text)]
     kinds = (_sums, _asked_sum, _asked_larger, _told, lambda draw: draw.choice(packaged))
     while True:
-        (kind,) = draw.choices(kinds, weights=(25, 25, 10, 15, 25))
+        (kind,) = draw.choices(kinds, weights=(25, 25, 15, 10, 25))
         yield kind(draw)
 
 
@@ -147,7 +150,10 @@ def _asked_sum(draw: random.Random) -> str:
 
 
 def _asked_larger(draw: random.Random) -> str:
-    a, b = draw.sample(range(1, MAX_NUMBER + 1), 2)
+    a, b = draw.sample(range(1, 2 * MAX_NUMBER + 1), 2)
+    if draw.random() < 0.5:
+        pairs = [draw.sample(range(1, 2 * MAX_NUMBER + 1), 2) for _ in range(6)]
+        return "\n".join(f"{a} is {'more' if a > b else 'fewer'} than {b}" for a, b in pairs)
     word = draw.choice(("larger", "smaller"))
     answer = max(a, b) if word == "larger" else min(a, b)
     return alpaca_prompt(f"Which number is {word}, {a} or {b}?") + f"The answer is {answer}."
