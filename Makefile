@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EVERYTHING := $(VENV)/.everything
 
-.PHONY: demo test nightly test-peft-oldest test-axolotl support check bench bench-gpu env clean
+.PHONY: demo test nightly test-peft-oldest test-axolotl support check bench bench-gpu reproduce env clean
 
 demo: $(INSTALLED)
 	$(BIN)/smtune demo
@@ -63,6 +63,11 @@ bench: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py --output docs/results/bench_gpu.json
+
+# The paper's tables and figures at the smallest scale; hours, and a stopped run goes on where it was.
+reproduce: $(INSTALLED)
+	$(BIN)/smtune reproduce pretrain-mini
+	$(BIN)/smtune reproduce
 
 env: $(INSTALLED)
 
