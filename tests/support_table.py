@@ -49,11 +49,15 @@ def cells_of(item: pytest.Item) -> list[Cell]:
 
 
 def _parameters(item: pytest.Item) -> dict[str, str]:
-    """The test's parameters in words: their own where they are text, else the test's id."""
+    """The test's parameters in words: their own where they are text, else their ids."""
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return {}
-    return {name: value if isinstance(value, str) else str(callspec.id) for name, value in callspec.params.items()}
+    ids = callspec._idlist if len(callspec._idlist) == len(callspec.params) else [callspec.id] * len(callspec.params)
+    return {
+        name: value if isinstance(value, str) else str(word)
+        for (name, value), word in zip(callspec.params.items(), ids)
+    }
 
 
 class Recorder:
@@ -76,7 +80,11 @@ class Recorder:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         collected = session.config.stash.get(COLLECTED, None)
-        kept = {_key(cell): cell for cell in read()} | self.cells
+        kept = {_key(cell): cell for cell in read()}
+        for key, cell in self.cells.items():
+            # What this environment lacks may have been there before: the earlier result stands, with its date.
+            if cell["outcome"] != "skipped" or key not in kept:
+                kept[key] = cell
         if collected and is_whole(session.config):  # forget cells whose tests are gone
             kept = {key: cell for key, cell in kept.items() if key in {_key(cell) for cell in collected}}
         cells = sorted(kept.values(), key=lambda cell: (_place(cell), cell["test"]))
