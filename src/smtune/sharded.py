@@ -25,7 +25,7 @@ def whole(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "full_tensor"):
         return tensor.detach().full_tensor()  # type: ignore[attr-defined]
     if hasattr(tensor, "ds_id"):
-        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
         with GatheredParameters([tensor]):
             return tensor.detach().clone()
@@ -68,7 +68,7 @@ def _master(parameter: Tensor) -> Tensor:
     """The parameter as the optimizer knows it, whole."""
     is_deepspeeds = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
     if is_deepspeeds and parameter.dtype in (torch.bfloat16, torch.float16):
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
         master = safe_get_full_fp32_param(parameter)
         if master is not None:
