@@ -85,8 +85,8 @@ class Recorder:
             # What this environment lacks may have been there before: the earlier result stands, with its date.
             if cell["outcome"] != "skipped" or key not in kept:
                 kept[key] = cell
-        if collected and is_whole(session.config):  # forget cells whose tests are gone
-            kept = {key: cell for key, cell in kept.items() if key in {_key(cell) for cell in collected}}
+        if collected and is_whole(session.config):
+            kept = {key: cell for key, cell in kept.items() if not is_gone(cell, collected)}
         cells = sorted(kept.values(), key=lambda cell: (_place(cell), cell["test"]))
         RESULTS.write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(render(cells), encoding="utf-8")
@@ -95,6 +95,14 @@ class Recorder:
 def is_whole(config: pytest.Config) -> bool:
     """Whether all tests were collected, rather than those of some files."""
     return config.args_source == pytest.Config.ArgsSource.TESTPATHS
+
+
+def is_gone(cell: Cell, collected: Sequence[Cell]) -> bool:
+    """Whether no test backs the cell any more, though its file was collected, which may want a package, or is gone."""
+    file = cell["test"].partition("::")[0]
+    if any(each["test"].startswith(f"{file}::") for each in collected):
+        return _key(cell) not in {_key(each) for each in collected}
+    return not (ROOT / file).exists()
 
 
 def read() -> list[Cell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support_table import COLLECTED, PAGE, TABLES, _key, is_whole, read, render
+from support_table import COLLECTED, PAGE, TABLES, _key, is_gone, is_whole, read, render
 
 
 def cell(table=TABLES[0], row="row", column="column", outcome="passed", test="tests/t.py::test_x[a]", **more):
@@ -20,11 +20,20 @@ def test_page_is_written_from_the_results():
 
 
 def test_results_name_the_tests_there_are(request):
-    collected = {_key(each) for each in request.config.stash[COLLECTED]}
+    collected = request.config.stash[COLLECTED]
     recorded = {_key(each) for each in read()}
-    assert not collected - recorded, "cells without a result: run `make support`"
+    assert not {_key(each) for each in collected} - recorded, "cells without a result: run `make support`"
     if is_whole(request.config):
-        assert not recorded - collected, "results of tests that are gone: run `make support`"
+        assert not [each for each in read() if is_gone(each, collected)], "its test is gone: run `make support`"
+
+
+def test_a_cell_is_gone_with_its_test_or_file():
+    here = cell(test="tests/unit/test_support_table.py::test_x")
+    other = cell(test="tests/unit/test_support_table.py::test_y")
+    assert not is_gone(here, [here])
+    assert is_gone(here, [other])
+    assert not is_gone(here, [])  # its file was not collected: it may want a package
+    assert is_gone(cell(test="tests/no_such_file.py::test_x"), [])
 
 
 def test_no_recorded_cell_failed():
