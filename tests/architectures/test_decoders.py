@@ -19,7 +19,7 @@ from smtune.tuner.targets import ATTENTION
 OTHERS = {"bart", "bert", "distilbert", "electra", "modernbert", "roberta", "t5", "vit"}
 """Architectures of test_others.py."""
 
-OWN_FORWARD = {"Falcon", "Falcon, multi-query", "Falcon, multi-head"}
+OWN_FORWARD = ("Falcon", "Falcon, multi-query", "Falcon, multi-head")
 """Their linear layers have a forward of their own, which resident mode would replace: blocks act beside the weight."""
 
 RARER = {
