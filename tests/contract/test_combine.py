@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter import (
     DTYPES,
     MODES,
+    check_logits,
     dense_twin,
     layers,
     logits,
@@ -63,11 +64,7 @@ def test_a_weighted_sum_is_exact(mode, dtype):
     model.set_adapter("sum")
     expected = logits(dense_twin(model, ["sum"], dtype))
     assert (expected - before).abs().max() > 1e-2
-    if mode == "resident":
-        assert torch.equal(logits(model), expected)
-    else:
-        tolerance = 1e-5 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(logits(model), expected, rtol=tolerance, atol=tolerance)
+    check_logits(model, expected, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

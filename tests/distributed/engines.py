@@ -53,31 +53,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 
 
 def write_base(folder: Path) -> None:
-    """A tiny Llama of random weights, a tokenizer of bytes, and a file of rows."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """A tiny base model, and a file of rows. Called by tests: processes that engines start do not know `tiny_base`."""
+    from tiny_base import sums, write_lines, write_tiny_base
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=128,
-            vocab_size=258,
-            eos_token_id=256,
-            bos_token_id=None,
-            pad_token_id=257,
-        )
-    ).save_pretrained(folder / "base")
-    letters = ByteLevelBPETokenizer()
-    letters.train_from_iterator([""], vocab_size=256, special_tokens=[])
-    letters.add_special_tokens(["<end>", "<pad>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder / "base")
-    rows = [{"prompt": f"{k} + {k % 7} =", "completion": f" {k + k % 7}"} for k in range(32)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_tiny_base(folder / "base")
+    write_lines(folder / "rows.jsonl", sums(32))
 
 
 def load_base(folder: Path):

@@ -15,14 +15,13 @@ import peft
 import pytest
 import torch
 import yaml
-from tokenizers import ByteLevelBPETokenizer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import smtune
 from smtune.data import Collator, batches
 from smtune.errors import InputError
 from smtune.models import load_model
+from tiny_base import write_tiny_base
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 
@@ -39,27 +38,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny Llama of random weights and a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        vocab_size=258,
-        eos_token_id=256,
-        bos_token_id=None,
-        pad_token_id=257,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    letters = ByteLevelBPETokenizer()
-    letters.train_from_iterator([""], vocab_size=256, special_tokens=[])
-    letters.add_special_tokens(["<end>", "<pad>"])
-    PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(
-        folder
-    )
-    return str(folder)
+    return str(write_tiny_base(tmp_path_factory.mktemp("base") / "tiny"))
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def _smt(percent: float, mode: str = "resident") -> Builder:
         plan = _plan(model, setting, percent)
         label = _label("SMT" if mode == "resident" else "SMT additive", plan, setting, percent)
         config = SMTConfig(target_modules=list(QKV), mode=mode).with_plan(plan)
-        return _wrapped(model, config, label, plan)
+        return wrapped(model, config, label, plan)
 
     return builder
 
@@ -172,7 +172,7 @@ def _written(at_use: bool) -> Builder:
     return builder
 
 
-def _wrapped(model: Any, config: Any, label: str, plan: Plan | None = None) -> Arm:
+def wrapped(model: Any, config: Any, label: str, plan: Plan | None = None) -> Arm:
     """The model under PEFT, with the originals of SMT's blocks as what is kept beside."""
     with wrapping():
         wrapped: Any = peft.get_peft_model(model, config)
@@ -206,14 +206,14 @@ def _lora(label: str, kinds: list[str], percent: float = EQUAL, dora: bool = Fal
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=kinds, lora_dropout=0.0, use_dora=dora, use_rslora=rslora
         )
-        return _wrapped(model, config, f"{label} r={rank}")
+        return wrapped(model, config, f"{label} r={rank}")
 
     return builder
 
 
 def _shira(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
     rank = _rank(model, setting, list(QKV))
-    return _wrapped(model, peft.ShiraConfig(r=rank, target_modules=list(QKV), random_seed=0), "SHiRA")
+    return wrapped(model, peft.ShiraConfig(r=rank, target_modules=list(QKV), random_seed=0), "SHiRA")
 
 
 def _share(model: nn.Module, setting: Setting) -> float:
@@ -225,7 +225,7 @@ def _supertuning(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -
     if not hasattr(peft, "SupertuningConfig"):
         raise InputError(f"Expected a peft with Super-tuning, 0.21 or newer. Got {peft.__version__}.")
     config = peft.SupertuningConfig(sparsity=1 - _share(model, setting), target_modules=list(QKV))
-    return _wrapped(model, config, "Super-tuning")
+    return wrapped(model, config, "Super-tuning")
 
 
 def _sift(model: Any, setting: Setting, batch: dict[str, Tensor]) -> Arm:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
+from collections.abc import Callable
 from typing import Literal
 
 from smtune.data.overlap import question_key
@@ -91,18 +92,28 @@ def arithmetic(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
     Raises:
         InputError: `n` or `split` is none of these.
     """
+    return distinct(_problem, n, split, random.Random(f"{split} {seed}"), "problems")
+
+
+def distinct(
+    make: Callable[[random.Random], dict[str, str]], n: int, split: Split, draw: random.Random, what: str
+) -> list[dict[str, str]]:
+    """`n` records that `make` draws, of different questions and all of one split.
+
+    Raises:
+        InputError: `n`, of `what`, is not 1 to `MAX_PROBLEMS`, or `split` neither "train" nor "test".
+    """
     if not 1 <= n <= MAX_PROBLEMS:
-        raise InputError(f"Expected 1 to {MAX_PROBLEMS:,} problems. Got {n:,}.")
+        raise InputError(f"Expected 1 to {MAX_PROBLEMS:,} {what}. Got {n:,}.")
     if split not in ("train", "test"):
         raise InputError(f'Expected a split among train, test. Got "{split}".')
-    draw = random.Random(f"{split} {seed}")
-    problems: dict[str, dict[str, str]] = {}
-    while len(problems) < n:
-        problem = _problem(draw)
-        key = question_key(problem["instruction"])
+    records: dict[str, dict[str, str]] = {}
+    while len(records) < n:
+        record = make(draw)
+        key = question_key(record["instruction"])
         if split_of(key) == split:
-            problems.setdefault(key, problem)
-    return list(problems.values())
+            records.setdefault(key, record)
+    return list(records.values())
 
 
 def split_of(key: str) -> Split:

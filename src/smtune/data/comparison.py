@@ -2,17 +2,14 @@
 
 The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' BoolQ. Blind guessing gets half
 of them. The answer is preceded by the sum and the comparison: a small model cannot do all at once. Whether a question
-belongs to training or to testing is decided by its hash. Imports `smtune.errors` and, of this
-package, `arithmetic` and `overlap`.
+belongs to training or to testing is decided by its hash. Imports, of this package, `arithmetic`.
 """
 
 from __future__ import annotations
 
 import random
 
-from smtune.data.arithmetic import MAX_NUMBER, MAX_PROBLEMS, NAMES, OPERATIONS, THINGS, Split, split_of
-from smtune.data.overlap import question_key
-from smtune.errors import InputError
+from smtune.data.arithmetic import MAX_NUMBER, NAMES, OPERATIONS, THINGS, Split, distinct
 
 STORIES = (
     ("+", "{p} has {a} {things} and gets {b} more."),
@@ -39,18 +36,7 @@ def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
     Raises:
         InputError: `n` or `split` is none of these.
     """
-    if not 1 <= n <= MAX_PROBLEMS:
-        raise InputError(f"Expected 1 to {MAX_PROBLEMS:,} questions. Got {n:,}.")
-    if split not in ("train", "test"):
-        raise InputError(f'Expected a split among train, test. Got "{split}".')
-    draw = random.Random(f"comparison {split} {seed}")
-    questions: dict[str, dict[str, str]] = {}
-    while len(questions) < n:
-        question = _question(draw)
-        key = question_key(question["instruction"])
-        if split_of(key) == split:
-            questions.setdefault(key, question)
-    return list(questions.values())
+    return distinct(_question, n, split, random.Random(f"comparison {split} {seed}"), "questions")
 
 
 def _question(draw: random.Random) -> dict[str, str]:

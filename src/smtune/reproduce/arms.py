@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 
 import smtune
 from smtune.bench import arms as bench
 from smtune.bench.subjects import QKV, Subject
-from smtune.models import wrapping
 from smtune.selection import Plan
 
 Batch = dict[str, Tensor]
@@ -52,11 +50,9 @@ def build(
     method = config["method"]
     if method == "smt":
         plan = plan or make_plan(model, config, batches or ())
-        adapter = _smt_config(config).with_plan(plan)
-        with wrapping():
-            wrapped: Any = peft.get_peft_model(model, adapter)  # type: ignore[arg-type]
-        kept = [buffer for name, buffer in wrapped.named_buffers() if name.endswith("smt_originals")]
-        return bench.Arm(method, "SMT", wrapped, trained=_requiring(wrapped), plan=plan, kept=kept)
+        arm = bench.wrapped(model, _smt_config(config).with_plan(plan), "SMT", plan)
+        arm.name = method
+        return arm
     like = plan if plan is not None or method in ("full", "dense-v", "dense-qkv") else count_plan(model, config)
     subject = Subject(config["model"], config["block_size"], batch=1, llama=None)
     setting = bench.Setting(subject, config["dtype"], device=str(next(model.parameters()).device), plan=like)
@@ -77,7 +73,3 @@ def _smt_config(config: Mapping[str, Any]) -> smtune.SMTConfig:
         warmup_steps=config["recipe"]["scoring_batches"],
         seed=config["seed"],
     )
-
-
-def _requiring(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

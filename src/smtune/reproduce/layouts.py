@@ -190,66 +190,61 @@ def _scaling(result: Result) -> Table:
     return heads, [[*key, *row, "{} of {}".format(*counts[key])] for key, row in rows.items()]
 
 
-def _plans(result: Result) -> Table:
-    heads = ["model", "method", "blocks", "trained", "share of Q, K, V", "frozen matrices of Q, K, V", "cells"]
+def _rows(result: Result, heads: Sequence[str], values: Callable[[Arm, list[Record]], list[str]]) -> Table:
+    """A row for each arm: model, method, the `values` of its records, how many cells there are; dashes without any."""
     rows = []
     for arm, records, count in zip(result.arms, result.found, result.counts):
-        cells = f"{count} of {arm.n_cells}"
-        if not records:
-            rows.append([arm.model, arm.row.label, *[DASH] * 4, cells])
-            continue
+        own = values(arm, records) if records else [DASH] * len(heads)
+        rows.append([arm.model, arm.row.label, *own, f"{count} of {arm.n_cells}"])
+    return ["model", "method", *heads, "cells"], rows
+
+
+def _plans(result: Result) -> Table:
+    def values(arm: Arm, records: list[Record]) -> list[str]:
         kinds = projections(Plan.from_dict(records[0]["plan"]))
         shares = ", ".join(f"{kind.share:.1%}" for kind in kinds)
         frozen = ", ".join(f"{kind.frozen} of {kind.frozen + kind.trained}" for kind in kinds)
-        blocks = f"{records[0]['metrics']['blocks']:,}"
-        rows.append([arm.model, arm.row.label, blocks, trained_share(records[0]), shares, frozen, cells])
-    return heads, rows
+        return [f"{records[0]['metrics']['blocks']:,}", trained_share(records[0]), shares, frozen]
+
+    return _rows(result, ["blocks", "trained", "share of Q, K, V", "frozen matrices of Q, K, V"], values)
 
 
 def _times(result: Result) -> Table:
-    heads = ["model", "method", "trained", "steps", "time of a step (s)", "speed-up", "cells"]
     seconds = {
         id(arm): fmean(records[0]["measured"]["step_seconds"])
         for arm, records in zip(result.arms, result.found)
         if records
     }
     full = {arm.model: seconds[id(arm)] for arm in result.arms if arm.row.method == "full" and id(arm) in seconds}
-    rows = []
-    for arm, records, count in zip(result.arms, result.found, result.counts):
-        cells = f"{count} of {arm.n_cells}"
-        if not records:
-            rows.append([arm.model, arm.row.label, *[DASH] * 4, cells])
-            continue
+
+    def values(arm: Arm, records: list[Record]) -> list[str]:
         own = seconds[id(arm)]
-        steps = f"{records[0]['metrics']['steps']:,}"
         speedup = f"{full[arm.model] / own:.2f}×" if arm.model in full else DASH
-        rows.append([arm.model, arm.row.label, trained_share(records[0]), steps, f"{own:.4f}", speedup, cells])
-    return heads, rows
+        return [trained_share(records[0]), f"{records[0]['metrics']['steps']:,}", f"{own:.4f}", speedup]
+
+    return _rows(result, ["trained", "steps", "time of a step (s)", "speed-up"], values)
 
 
 def _memory(result: Result) -> Table:
     parts = ["base", "trained", "gradients", "optimizer", "originals", "activations"]
-    heads = ["model", "method", "trained", *[f"{part}, GB" for part in parts], "total, GB", "against full"]
-    heads += ["with the paper's bf16, GB", "against full", "cells"]
+    heads = ["trained", *[f"{part}, GB" for part in parts], "total, GB", "against full"]
+    heads += ["with the paper's bf16, GB", "against full"]
     totals = {(arm.model, arm.row.label, arm.budget): records[0]["metrics"] for arm, records in result.present}
     full = {
         model: metrics
         for (model, _, _), metrics in totals.items()
         if metrics["trained_parameters"] == metrics["total_parameters"]
     }
-    rows = []
-    for arm, records, count in zip(result.arms, result.found, result.counts):
-        cells = f"{count} of {arm.n_cells}"
-        if not records:
-            rows.append([arm.model, arm.row.label, *[DASH] * 11, cells])
-            continue
+
+    def values(arm: Arm, records: list[Record]) -> list[str]:
         metrics = records[0]["metrics"]
-        row = [arm.model, arm.row.label, trained_share(records[0]), *[_gb(metrics[part]) for part in parts]]
+        row = [trained_share(records[0]), *[_gb(metrics[part]) for part in parts]]
         for total in ("total", "with_paper_dtypes"):
             ratio = metrics[total] / full[arm.model][total] - 1 if arm.model in full else None
             row += [_gb(metrics[total]), DASH if ratio is None else f"{100 * ratio:+.0f} %".replace("-", "−")]
-        rows.append([*row, cells])
-    return heads, rows
+        return row
+
+    return _rows(result, heads, values)
 
 
 LAYOUTS: dict[str, Callable[[Result], Table]] = {
