@@ -57,7 +57,7 @@ def trained(method, rows, recipe=RECIPE, **changes):
     """(losses, arm) after the recipe's steps."""
     settings = config(method, **changes)
     arm = arms.build(model(), settings, micro_batches(rows, Collator(0), recipe, 1, CPU))
-    return fit(arm, micro_batches(rows, Collator(0), recipe, 1, CPU), recipe, recipe["steps"], 3e-3), arm
+    return fit(arm, micro_batches(rows, Collator(0), recipe, 1, CPU), recipe, recipe["steps"], 3e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # SHiRA's
@@ -73,6 +73,7 @@ def test_every_arm_learns_to_the_same_bits(method, rows):
     else:
         assert abs(n_trained - budget) <= 0.35 * budget  # a rank of this small model is 16 % of the budget
     assert all(parameter.dtype == torch.float32 for parameter in arm.trained)
+    assert arm.optimizer is not None
     assert all(group["weight_decay"] == 0.0 for group in arm.optimizer.param_groups)
 
 
@@ -138,5 +139,5 @@ def test_steps_of_a_recipe():
 def test_a_loss_that_is_not_finite_ends_a_run(rows):
     arm = arms.build(model(), config("full"), None)
     arm.trained[0].data.fill_(float("inf"))
-    losses = fit(arm, micro_batches(rows, Collator(0), RECIPE, 1, CPU), RECIPE, 4, 1e-3)
+    losses, _ = fit(arm, micro_batches(rows, Collator(0), RECIPE, 1, CPU), RECIPE, 4, 1e-3)
     assert len(losses) == 1

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from smtune import SMTConfig
 from smtune.bench.floor import end_backward_at
 from smtune.bench.plans import paper_share, random_plan
-from smtune.bench.sift import sift
+from smtune.bench.sift import SparseEntries, sift
 from smtune.bench.subjects import QKV, Subject, attention_inputs
 from smtune.bench.write import train_blocks
 from smtune.errors import InputError, did_you_mean
@@ -233,7 +233,12 @@ def _sift(model: Any, setting: Setting, batch: dict[str, Tensor]) -> Arm:
         name: module.weight for layer in attention_inputs(model) for name, module in layer.items()
     }
     entries = sift(weights, _share(model, setting), backward=lambda: model(**batch).loss.backward())
-    arm = Arm("", "SIFT", model, trained=[each.values for each in entries], kept=[each.index for each in entries])
+    return of_entries("", "SIFT", model, entries)
+
+
+def of_entries(name: str, label: str, model: nn.Module, entries: list[SparseEntries]) -> Arm:
+    """An arm that trains single entries of weights and writes them after every step."""
+    arm = Arm(name, label, model, trained=[each.values for each in entries], kept=[each.index for each in entries])
     arm.after_step([each.write for each in entries])
     return arm
 

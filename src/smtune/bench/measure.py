@@ -40,9 +40,11 @@ def device_of(arm: Arm) -> torch.device:
     return next(arm.model.parameters()).device
 
 
-def step(arm: Arm, batch: Batch) -> dict[str, float]:
+def step(arm: Arm, batch: Batch, update: bool = True) -> dict[str, float]:
     """One training step, in seconds by phase; the loss is part of the forward, zeroing of the optimizer's phase.
 
+    Args:
+        update: False for a micro batch whose gradients are only accumulated.
     Raises:
         ArithmeticError: the loss is not finite.
     """
@@ -52,7 +54,7 @@ def step(arm: Arm, batch: Batch) -> dict[str, float]:
     forward = now(device)
     loss.backward()
     backward = now(device)
-    if arm.optimizer is not None:
+    if arm.optimizer is not None and update:
         arm.optimizer.step()
         arm.optimizer.zero_grad(set_to_none=True)
     end = now(device)

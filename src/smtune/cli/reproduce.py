@@ -62,9 +62,9 @@ def reproduce(
     if experiments == [PRETRAIN]:
         _pretrain(steps, threads, say)
         return
-    from smtune.reproduce.declared import experiment_names, load_experiment
+    from smtune.reproduce.declared import expand, experiment_names, load_experiment
 
-    names = list(experiments or experiment_names())
+    names = expand(experiments or experiment_names())
     for name in names:
         load_experiment(name)
     chosen = _tier(scale, tier)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import smtune
 from smtune.bench import arms as bench
 from smtune.bench.subjects import QKV, Subject
+from smtune.reproduce import variants
+from smtune.reproduce.optimizers import BlockAdamW, BlockMuon, carry
 from smtune.selection import Plan
 
 Batch = dict[str, Tensor]
@@ -27,13 +29,20 @@ def starts_in_fp32(method: str) -> bool:
 
 def make_plan(model: nn.Module, config: Mapping[str, Any], batches: Iterable[Batch]) -> Plan:
     """The plan of an SMT cell, from warm-up batches."""
-    plan = smtune.make_plan(model, batches, _smt_config(config), progress=False)
+    criterion = config["criterion"]
+    if config.get("dense_warmup"):
+        keep, rate = config["dense_warmup"] == "kept", config["recipe"]["dense_warmup_rate"]
+        plan = variants.dense_warmup(model, smt_config(config, "random"), batches, rate, keep)
+    elif criterion in variants.CRITERIA:
+        plan = variants.make_plan(model, smt_config(config, "random"), criterion, batches)
+    else:
+        plan = smtune.make_plan(model, batches, smt_config(config), progress=False)
     return plan.shuffled(config["seed"]) if config["shuffled"] else plan
 
 
 def count_plan(model: nn.Module, config: Mapping[str, Any]) -> Plan:
     """A plan of as many blocks as the cell's budget buys, at random places: no data is needed, nor weights."""
-    return smtune.make_plan(model, None, _smt_config({**config, "criterion": "random"}), progress=False)
+    return smtune.make_plan(model, None, smt_config(config, "random"), progress=False)
 
 
 def build(
@@ -50,9 +59,17 @@ def build(
     method = config["method"]
     if method == "smt":
         plan = plan or make_plan(model, config, batches or ())
-        arm = bench.wrapped(model, _smt_config(config).with_plan(plan), "SMT", plan)
+        arm = bench.wrapped(model, smt_config(config, "random").with_plan(plan), "SMT", plan)
         arm.name = method
+        if config.get("optimizer") == "muon":
+            arm.optimizer = BlockMuon(arm.trained)
+        elif config.get("reselect_every"):
+            arm.optimizer = BlockAdamW(arm.trained)
         return arm
+    if method == "rows":
+        count = count_plan(model, config).n_params
+        entries = variants.whole_rows(model, smt_config(config, "random"), batches or (), count)
+        return bench.of_entries("rows", "whole rows", model, entries)
     like = plan if plan is not None or method in ("full", "dense-v", "dense-qkv") else count_plan(model, config)
     subject = Subject(config["model"], config["block_size"], batch=1, llama=None)
     setting = bench.Setting(subject, config["dtype"], device=str(next(model.parameters()).device), plan=like)
@@ -61,13 +78,51 @@ def build(
     return bench.build(method, setting, model, first, seed=config["seed"])
 
 
-def _smt_config(config: Mapping[str, Any]) -> smtune.SMTConfig:
+def reselect(arm: bench.Arm, config: Mapping[str, Any], batches: Iterable[Batch]) -> bench.Arm:
+    """SMT with blocks chosen anew for the model as it is now.
+
+    What was trained stays in the weights; blocks that are chosen again keep their moments.
+    """
+    old_tensors = _block_tensors(arm.model)
+    model: Any = arm.model
+    model = model.merge_and_unload().requires_grad_(False)
+    new = build(model, config, batches)
+    assert arm.plan is not None and new.plan is not None and arm.optimizer is not None and new.optimizer is not None
+    kept = {}
+    for name, tensor in _block_tensors(new.model).items():
+        if name not in old_tensors:
+            continue
+        places = {pair: place for place, pair in enumerate(arm.plan.index(name).pairs)}
+        both = [(places[pair], k) for k, pair in enumerate(new.plan.index(name).pairs) if pair in places]
+        if both:
+            before, after = torch.tensor(both).unbind(1)
+            kept[tensor] = (old_tensors[name], before, after)
+    carry(arm.optimizer, new.optimizer, kept)
+    return new
+
+
+def _block_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained blocks by the name of their layer in the base."""
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix).partition(".smt_blocks.")[0]: parameter
+        for name, parameter in model.named_parameters()
+        if ".smt_blocks." in name
+    }
+
+
+def smt_config(config: Mapping[str, Any], criterion: str | None = None) -> smtune.SMTConfig:
+    """SMT's own configuration of a cell.
+
+    Args:
+        criterion: instead of the cell's, which the library may not have.
+    """
     return smtune.SMTConfig(
         task_type="CAUSAL_LM",
         target_modules=config.get("targets") or list(QKV),
         block_size=config["block_size"],
         budget=config["budget"],
-        criterion=config.get("criterion", "random"),
+        criterion=criterion or config["criterion"],
         policy="shares" if config.get("shares") else "global",
         shares=config.get("shares"),
         warmup_steps=config["recipe"]["scoring_batches"],

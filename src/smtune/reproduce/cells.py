@@ -19,6 +19,9 @@ from typing import Any
 from smtune.reproduce.declared import Experiment, Row, Tier
 
 Record = dict[str, Any]
+UNBUDGETED = ("base", "full", "dense-v", "dense-qkv")
+"""Methods that train all of something, or nothing."""
+
 Find = Callable[["Cell"], "Record | None"]
 """The stored record of a cell, or None."""
 
@@ -120,8 +123,8 @@ def arms(experiment: Experiment, tier: Tier, seeds: Sequence[int], base: Callabl
             for row in experiment.rows_at(tier.scale):
                 if row.models is not None and model not in row.models:
                     continue
-                for budget in row.budgets if row.method not in ("base", "full", "dense-v", "dense-qkv") else [1.0]:
-                    trained = experiment.kind == "train" and row.method != "base"
+                for budget in [1.0] if row.method in UNBUDGETED else row.budgets:
+                    varies = experiment.layout == "overlap" or (experiment.kind == "train" and row.method != "base")
                     yield Arm(
                         row=row,
                         model=model,
@@ -129,10 +132,38 @@ def arms(experiment: Experiment, tier: Tier, seeds: Sequence[int], base: Callabl
                         budget=budget,
                         fixed={"kind": experiment.kind, **base(model, family), **_of_row(row, budget)},
                         rates=tier.rates(row) if experiment.kind == "train" else [0.0],
-                        seeds=seeds if trained else seeds[:1],
+                        seeds=seeds if varies else seeds[:1],
                     )
 
 
 def _of_row(row: Row, budget: float | int) -> Record:
+    """What a row asks for. What it leaves at its default has no part in a cell's identity, but for the first four."""
     smt = {"criterion": row.criterion, "targets": row.targets, "shares": row.shares, "shuffled": row.shuffled}
-    return {"method": row.method, "budget": budget, **(smt if row.method == "smt" else {})}
+    further = {
+        "optimizer": row.optimizer if row.optimizer != "adamw" else None,
+        "reselect_every": row.reselect_every,
+        "dense_warmup": row.dense_warmup,
+        "scored_on": row.scored_on,
+        "half": row.half,
+        "then": row.then,
+    }
+    recipe = _given({"steps": row.steps, "scoring_batches": row.scoring_batches})
+    instead = _given({"block_size": row.block_size, "recipe": recipe or None})
+    return {
+        "method": row.method,
+        "budget": budget,
+        **(smt if row.method == "smt" else {}),
+        **_given(further),
+        **_given({"instead": instead or None}),
+    }
+
+
+def _given(values: Mapping[str, Any]) -> Record:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def resolved(config: Mapping[str, Any]) -> Record:
+    """A cell's configuration with what its row has `instead` of the tier's."""
+    instead = config.get("instead", {})
+    recipe = {**config["recipe"], **instead.get("recipe", {})}
+    return {**config, **instead, "recipe": recipe}

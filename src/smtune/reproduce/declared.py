@@ -6,6 +6,7 @@ are faults. Imports pydantic and yaml.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,25 @@ HERE = Path(__file__).parent
 SCALES = {"embedded": ("mini", "smollm2"), "paper": ("paper",)}
 """The tiers of each scale, the default first."""
 
+STUDY = "study"
+STUDY_PARTS = [
+    f"{STUDY}-{part}"
+    for part in (
+        "control",
+        "criteria",
+        "methods",
+        "budgets",
+        "places",
+        "sizes",
+        "plans",
+        "warmup",
+        "equal",
+        "forgetting",
+        "better",
+    )
+]
+"""The parts of the study in their order: first that there is something to see."""
+
 Method = Literal[
     "base",
     "smt",
@@ -31,11 +51,12 @@ Method = Literal[
     "shira",
     "supertuning",
     "sift",
+    "rows",
     "dense-v",
     "dense-qkv",
     "full",
 ]
-Layout = Literal["accuracy", "scaling", "curve", "blocks", "shares", "time", "memory"]
+Layout = Literal["accuracy", "scaling", "curve", "blocks", "shares", "overlap", "time", "memory"]
 Kind = Literal["train", "select", "time", "memory"]
 Budget = Annotated[float, Field(gt=0.0, le=1.0)] | Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -55,6 +76,12 @@ class Row(_Section):
             parameters they follow as closely as a rank allows.
         criterion, targets, shares: of SMT: how blocks are scored, in which projections, and shares by group.
         shuffled: of SMT: as many blocks in every matrix, at random places.
+        block_size, steps, scoring_batches: in place of the tier's.
+        optimizer: of SMT: AdamW, or Muon on its blocks.
+        reselect_every: of SMT: score and select anew after so many steps, time and again.
+        dense_warmup: of SMT: score in steps of full fine-tuning, as the released code does, and keep or undo them.
+        scored_on: of SMT: score with the rows of another family. half: with one half of the rows, every second one.
+        then: a family to train on afterwards, in the same way; both are tested.
         models: of the tier's models, by name. None: all.
         learning_rates: None: the tier's for this method.
     """
@@ -66,6 +93,15 @@ class Row(_Section):
     targets: list[str] | None = None
     shares: dict[str, float] | None = None
     shuffled: bool = False
+    block_size: Count | None = None
+    steps: Count | None = None
+    scoring_batches: Count | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    reselect_every: Count | None = None
+    dense_warmup: Literal["kept", "restored"] | None = None
+    scored_on: str | None = None
+    half: Literal[1, 2] | None = None
+    then: str | None = None
     models: list[str] | None = None
     learning_rates: list[float] | None = None
 
@@ -123,6 +159,7 @@ class Recipe(_Section):
         steps, epochs: how long, by one of the two.
         batch_size: rows of a step. micro_batch_size: rows at a time.
         scoring_batches: warm-up batches that SMT scores with.
+        dense_warmup_rate: the learning rate of a dense warm-up.
     """
 
     steps: Count | None = None
@@ -133,6 +170,7 @@ class Recipe(_Section):
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     scoring_batches: Count = 100
+    dense_warmup_rate: Annotated[float, Field(gt=0.0)] = 1e-4
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -222,19 +260,25 @@ class Tier(_Section):
 
 def experiment_names() -> list[str]:
     """All experiments, in the order of the paper."""
-    order = ["table", "figure", "memory", "study"]
     names = [path.stem for path in (HERE / "experiments").glob("*.yaml")]
-    return sorted(names, key=lambda name: (order.index(name.rstrip("0123456789")), name))
+    of_paper = [name for name in names if not name.startswith(STUDY)]
+    order = ["table", "figure", "memory"]
+    of_paper.sort(key=lambda name: (order.index(name.rstrip("0123456789")), name))
+    return of_paper + [part for part in STUDY_PARTS if part in names]
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Experiments by name, the study by its parts."""
+    expanded = [part for name in names for part in (STUDY_PARTS if name == STUDY else [name])]
+    return list(dict.fromkeys(expanded))
 
 
 @cache
 def load_experiment(name: str) -> Experiment:
     """An experiment by name. Raises InputError for an unknown one."""
     if name not in experiment_names():
-        raise InputError(
-            f"Expected experiments among {', '.join(experiment_names())}. Got {name!r}."
-            + did_you_mean(name, experiment_names())
-        )
+        known = [*experiment_names(), STUDY]
+        raise InputError(f"Expected experiments among {', '.join(known)}. Got {name!r}.{did_you_mean(name, known)}")
     return _load(Experiment, HERE / "experiments" / f"{name}.yaml", name)
 
 

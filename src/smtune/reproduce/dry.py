@@ -16,7 +16,7 @@ from rich.table import Table
 
 from smtune.errors import InputError
 from smtune.reproduce import memory
-from smtune.reproduce.cells import Arm, Record, arms, budget_text
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
 from smtune.reproduce.declared import load_experiment
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
@@ -59,7 +59,7 @@ def estimate(request: Request, name: str) -> list[Estimate]:
         counted = _count(setting, arm.model, *_memory_key(arm))
         steps = 0
         if experiment.kind == "train" and arm.row.method != "base":
-            steps = count_steps(recipe, size.rows)
+            steps = (arm.row.steps or count_steps(recipe, size.rows)) * (1 if arm.row.then is None else 2)
         elif experiment.kind == "time":
             steps = min(TIMED_STEPS, count_steps(recipe, size.rows))
             steps += min(WARMUP_STEPS, max(1, steps // 10))
@@ -72,18 +72,26 @@ def estimate(request: Request, name: str) -> list[Estimate]:
 def _memory_key(arm: Arm) -> tuple[Any, ...]:
     targets = tuple(arm.row.targets) if arm.row.targets is not None else None
     shares = tuple(arm.row.shares.items()) if arm.row.shares is not None else None
-    return arm.row.method, arm.budget, targets, shares
+    return arm.row.method, arm.budget, targets, shares, arm.row.block_size
 
 
 @cache
-def _count(setting: Setting, model: str, method: str, budget: float | int, targets: Any, shares: Any) -> memory.Memory:
+def _count(
+    setting: Setting,
+    model: str,
+    method: str,
+    budget: float | int,
+    targets: Any,
+    shares: Any,
+    block_size: int | None,
+) -> memory.Memory:
     tier = setting.declared
     config: Mapping[str, Any] = {
         "method": method,
         "budget": budget,
         "targets": list(targets) if targets is not None else None,
         "shares": dict(shares) if shares is not None else None,
-        "block_size": tier.block_size,
+        "block_size": block_size or tier.block_size,
         "dtype": tier.dtype,
         "model": model,
         "seed": 0,
@@ -129,7 +137,7 @@ def table(name: str, estimates: list[Estimate], jobs: int) -> Table:
             arm.family,
             arm.model,
             arm.row.label,
-            DASH if arm.row.method in ("base", "full", "dense-v", "dense-qkv") else budget_text(arm.budget),
+            DASH if arm.row.method in UNBUDGETED else budget_text(arm.budget),
             str(arm.n_cells),
             f"{counted.trained_parameters:,}",
             f"{100 * counted.trained_parameters / counted.total_parameters:.3g} %",

@@ -21,7 +21,7 @@ from smtune.maps.layout import projections
 from smtune.report import accuracy_bars, block_map, projection_shares
 from smtune.report.curves import bars, curves
 from smtune.reproduce.cells import Arm, Record, budget_text
-from smtune.reproduce.declared import Experiment
+from smtune.reproduce.declared import Experiment, Row
 from smtune.reproduce.run import Request
 from smtune.reproduce.store import Store
 from smtune.selection import Plan
@@ -209,6 +209,40 @@ def _plans(result: Result) -> Table:
     return _rows(result, ["blocks", "trained", "share of Q, K, V", "frozen matrices of Q, K, V"], values)
 
 
+def _overlaps(result: Result) -> Table:
+    """How far plans agree with the first of their family: what a second look, other rows or another task choose."""
+    firsts: dict[tuple[str, str], tuple[Arm, Plan]] = {}
+    for arm, records in result.present:
+        firsts.setdefault((arm.family, arm.model), (arm, Plan.from_dict(records[0]["plan"])))
+
+    def values(arm: Arm, records: list[Record]) -> list[str]:
+        first_arm, first = firsts[arm.family, arm.model]
+        plans = [Plan.from_dict(record["plan"]) for record in records]
+        others = plans[1:] if arm is first_arm else plans
+        shares = [overlap(plan, first) for plan in others]
+        chance = [overlap_by_chance(plan, first) for plan in others]
+        shown = DASH if not shares else f"{fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"
+        last = ", ".join(f"{kind.share:.1%}" for kind in projections(plans[0]))
+        return [arm.family, f"{plans[0].n_blocks:,}", shown, f"{fmean(chance):.1%}" if chance else DASH, last]
+
+    return _rows(result, ["task", "blocks", "overlap with the first plan", "by chance", "share of Q, K, V"], values)
+
+
+def overlap(plan: Plan, other: Plan) -> float:
+    """The share of a plan's blocks that another has too."""
+    shared = sum(len(set(plan.index(name).pairs) & set(other.index(name).pairs)) for name in plan.modules)
+    return shared / plan.n_blocks
+
+
+def overlap_by_chance(plan: Plan, other: Plan) -> float:
+    """What `overlap` is expected to be for plans with these counts in every matrix at random places."""
+    expected = 0.0
+    for name, module in plan.modules.items():
+        places = plan.index(name).grid.n_blocks
+        expected += len(module.rows) * len(other.modules[name].rows) / places
+    return expected / plan.n_blocks
+
+
 def _times(result: Result) -> Table:
     seconds = {
         id(arm): fmean(records[0]["measured"]["step_seconds"])
@@ -253,6 +287,7 @@ LAYOUTS: dict[str, Callable[[Result], Table]] = {
     "curve": _scaling,
     "blocks": _plans,
     "shares": _plans,
+    "overlap": _overlaps,
     "time": _times,
     "memory": _memory,
 }
@@ -338,7 +373,7 @@ def _curve_figures(result: Result, folder: Path) -> list[Path]:
 
 
 def _plan_figures(result: Result, folder: Path) -> list[Path]:
-    draw = block_map if result.experiment.layout == "blocks" else projection_shares
+    draw = projection_shares if result.experiment.layout == "shares" else block_map
     paths = []
     for number, (_, records) in enumerate(result.present):
         paths.append(folder / f"{result.experiment.name}{f'-{number + 1}' * bool(number)}.png")
@@ -365,6 +400,7 @@ FIGURES: dict[str, Callable[[Result, Path], list[Path]]] = {
     "curve": _curve_figures,
     "blocks": _plan_figures,
     "shares": _plan_figures,
+    "overlap": _plan_figures,
     "time": _bars_of(lambda record: fmean(record["measured"]["step_seconds"]), "seconds of a step"),
     "memory": _bars_of(lambda record: record["metrics"]["total"] / GB, "GB of a step"),
 }
@@ -420,8 +456,8 @@ def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
 
 
 def _is_variant(arm: Arm) -> bool:
-    row = arm.row
-    return row.shuffled or row.criterion != "abs_of_sum" or row.targets is not None or row.shares is not None
+    plain = Row(label=arm.row.label, method="smt")
+    return arm.row.model_copy(update={"budgets": plain.budgets, "models": None, "learning_rates": None}) != plain
 
 
 def _leaked(record: Record) -> list[str]:

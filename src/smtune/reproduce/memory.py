@@ -7,7 +7,7 @@ looks at values): of it the floor's is counted, that of a frozen model whose bac
 blocks, plus one copy of the used columns for each input, which is what `smtune` keeps; a test holds both against
 measured bytes. Temporaries of a step are not counted. Blocks are at random places, the worst case for the columns.
 
-SHiRA, Super-tuning and SIFT make the whole gradient of q, k and v: they keep what training those whole does.
+SHiRA, Super-tuning, SIFT and rows make the whole gradient of q, k and v: they keep what training those whole does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from smtune.selection import Plan
 ADAM_MOMENTS = 2
 FP32 = 4
 WHOLE = ("full", "dense-v", "dense-qkv")
-SPARSE = ("shira", "supertuning", "sift")
+SPARSE = ("shira", "supertuning", "sift", "rows")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import get_scheduler
 
 from smtune.bench.arms import Arm
 from smtune.data import Collator, batches
@@ -36,6 +35,11 @@ def micro_batches(
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def linear(step: int, n_warmup: int, steps: int) -> float:
+    """The factor of the learning rate after so many steps, of transformers' schedule "linear"."""
+    return step / n_warmup if step < n_warmup else max(0.0, (steps - step) / max(1, steps - n_warmup))
+
+
 def fit(
     arm: Arm,
     stream: Iterator[Batch],
@@ -44,25 +48,19 @@ def fit(
     learning_rate: float,
     autocast: bool = False,
     on_step: Callable[[int], object] = lambda step: None,
-) -> list[float]:
+    change: tuple[int, Callable[[Arm], Arm]] | None = None,
+) -> tuple[list[float], Arm]:
     """Train an arm in place.
 
     Args:
         stream: of micro batches.
         recipe: see `declared.Recipe`.
         autocast: make products in bf16, for weights that are fp32 in a bf16 tier.
+        change: after every so many steps but the last, what makes another arm of this one, to go on with.
     Returns:
-        The loss of every step; it ends early after one that is not finite.
+        The loss of every step; it ends early after one that is not finite. And the arm at the end.
     """
-    assert arm.optimizer is not None
-    for group in arm.optimizer.param_groups:
-        group.update(lr=learning_rate, weight_decay=0.0)
-    schedule = get_scheduler(
-        "linear",
-        arm.optimizer,
-        num_warmup_steps=math.ceil(recipe["warmup_ratio"] * steps),
-        num_training_steps=steps,
-    )
+    n_warmup = math.ceil(recipe["warmup_ratio"] * steps)
     parts = recipe["batch_size"] // recipe["micro_batch_size"]
     device = next(arm.model.parameters()).device
     arm.model.train()
@@ -78,8 +76,13 @@ def fit(
         if not math.isfinite(total):
             break
         torch.nn.utils.clip_grad_norm_(arm.trained, recipe["max_grad_norm"])
+        assert arm.optimizer is not None
+        for group in arm.optimizer.param_groups:
+            group.update(lr=learning_rate * linear(step - 1, n_warmup, steps), weight_decay=0.0)
         arm.optimizer.step()
-        schedule.step()
         arm.optimizer.zero_grad(set_to_none=True)
         on_step(step)
-    return losses
+        if change is not None and step % change[0] == 0 and step < steps:
+            arm = change[1](arm)
+            arm.model.train()
+    return losses, arm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
@@ -19,14 +19,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from smtune.bench.arms import Arm
 from smtune.bench.measure import step as timed_step
 from smtune.data import Collator, prepare
 from smtune.evaluation import answer_loss, evaluate
 from smtune.models import load_model, load_tokenizer, resolve
 from smtune.reproduce import arms, memory, mini
-from smtune.reproduce.cells import Cell, Record
+from smtune.reproduce.cells import Cell, Record, resolved
 from smtune.reproduce.setting import Data, Setting, load_data
-from smtune.reproduce.train import count_steps, fit, micro_batches
+from smtune.reproduce.train import Batch, count_steps, fit, micro_batches
 from smtune.selection import Plan
 from smtune.training.environment import describe_environment
 
@@ -58,9 +59,9 @@ def run_cell(
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = str(accelerator or "cpu")
     started = time.perf_counter()
-    set_seed(cell.config["seed"])
-    kind = cell.config["kind"]
-    outcome = KINDS[kind](cell.config, setting, torch.device(device), on_step)
+    config = resolved(cell.config)
+    set_seed(config["seed"])
+    outcome = KINDS[config["kind"]](config, setting, torch.device(device), on_step)
     outcome.record["measured"]["seconds"] = round(time.perf_counter() - started, 2)
     environment = describe_environment(torch.device(device), cell.config["seed"])
     return Outcome({"environment": environment, **outcome.record}, outcome.items)
@@ -70,50 +71,96 @@ def run_cell(
 
 
 def _train(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
+    families = [config["family"], *([config["then"]] if "then" in config else [])]
     data = load_data(setting, config["family"])
     tokenizer = _tokenizer(setting, config["model"])
     model: Any = _base(config, setting, device)
     total_parameters = sum(parameter.numel() for parameter in model.parameters())
-    metrics: Record = {"total_parameters": total_parameters, "trained_parameters": 0}
-    measured: Record = {}
+    can_merge = (
+        config["dtype"] == "float32"
+    )  # exactly; and what a model in 16 bits loses of a change is not our question
+    before = {name: p.detach().clone() for name, p in model.named_parameters()} if can_merge else {}
+    metrics: Record = {"total_parameters": total_parameters, "trained_parameters": 0, "finite": True}
+    measured: Record = {"preparing_seconds": 0.0, "training_seconds": 0.0}
     plan = None
-    started = time.perf_counter()
     if config["method"] != "base":
-        recipe, rows = config["recipe"], _rows(setting, config["model"], config["family"])
-        steps = count_steps(recipe, len(rows))
-        collator = _collator(tokenizer)
-        arm = arms.build(model, config, micro_batches(rows, collator, recipe, config["seed"], device))
-        measured["preparing_seconds"] = round(time.perf_counter() - started, 2)
-        started = time.perf_counter()
-        stream = micro_batches(rows, collator, recipe, config["seed"], device)
-        autocast = config["dtype"] == "bfloat16" and arms.starts_in_fp32(config["method"])
-        losses = fit(arm, stream, recipe, steps, config["learning_rate"], autocast, lambda step: on_step(step, steps))
-        measured["training_seconds"] = round(time.perf_counter() - started, 2)
-        plan, model = arm.plan, arm.model
-        last = losses[-max(1, len(losses) // 10) :]
-        metrics |= {
-            "trained_parameters": sum(parameter.numel() for parameter in arm.trained),
-            "steps": len(losses),
-            "train_loss": _finite(fmean(last)),
-        }
-    metrics["finite"] = metrics.get("train_loss", 0.0) is not None
-    if config["dtype"] == "float32" and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()  # as one would use it, and without adapters in every generated token
+        for family in families:
+            arm = _fit(model, tokenizer, config, family, setting, device, metrics, measured, on_step)
+            model, plan = arm.model, arm.plan
+            if can_merge and hasattr(model, "merge_and_unload"):
+                model = model.merge_and_unload()  # as one would use it, and without adapters in every generated token
+            if family != families[-1]:
+                memory.prepared(model)
+    if can_merge:
+        moved = [(p.detach() - before[name]).square().sum() for name, p in model.named_parameters()]
+        metrics["distance"] = _finite(torch.stack(moved).sum().sqrt().item())
     started = time.perf_counter()
-    items = _evaluate(model, tokenizer, data, config, metrics)
+    items = _evaluate(model, tokenizer, [load_data(setting, family) for family in families], config, metrics)
+    if setting.declared.scale == "embedded":
+        metrics["other_task_losses"] = {
+            name: _loss(model, tokenizer, load_data(setting, name).validation, config)
+            for name in setting.declared.families
+            if name not in families
+        }
     measured["evaluation_seconds"] = round(time.perf_counter() - started, 2)
     if device.type == "cuda":
         measured["peak_memory"] = torch.cuda.max_memory_allocated(device)
     return Outcome(_record(metrics, measured, plan, data), items)
 
 
+def _fit(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    family: str,
+    setting: Setting,
+    device: torch.device,
+    metrics: Record,
+    measured: Record,
+    on_step: OnStep,
+) -> Arm:
+    """Train a frozen model on the rows of a family. Fills in what there is to say of it."""
+    recipe, rows = config["recipe"], _rows(setting, config["model"], family)
+    steps = count_steps(recipe, len(rows))
+    collator = _collator(tokenizer)
+
+    def stream() -> Iterator[Batch]:
+        return micro_batches(rows, collator, recipe, config["seed"], device)
+
+    started = time.perf_counter()
+    arm = arms.build(model, config, _scoring_batches(config, tokenizer, family, setting, device))
+    measured["preparing_seconds"] += round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    autocast = config["dtype"] == "bfloat16" and arms.starts_in_fp32(config["method"])
+    every = config.get("reselect_every")
+    change = (every, lambda arm: arms.reselect(arm, config, stream())) if every else None
+    losses, arm = fit(
+        arm,
+        stream(),
+        recipe,
+        steps,
+        config["learning_rate"],
+        autocast,
+        lambda step: on_step(step, steps),
+        change,
+    )
+    measured["training_seconds"] += round(time.perf_counter() - started, 2)
+    last = _finite(fmean(losses[-max(1, len(losses) // 10) :]))
+    metrics |= {
+        "trained_parameters": sum(parameter.numel() for parameter in arm.trained),
+        "steps": len(losses),
+        "train_loss": last,
+        "finite": metrics["finite"] and last is not None,
+    }
+    return arm
+
+
 def _select(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
     data = load_data(setting, config["family"])
     tokenizer = _tokenizer(setting, config["model"])
     model = _base(config, setting, device)
-    rows = _rows(setting, config["model"], config["family"])
     started = time.perf_counter()
-    batches = micro_batches(rows, _collator(tokenizer), config["recipe"], config["seed"], device)
+    batches = _scoring_batches(config, tokenizer, config["family"], setting, device)
     plan = arms.make_plan(model, config, batches)
     metrics = {"trained_parameters": plan.n_params, "total_parameters": plan.total_params, "blocks": plan.n_blocks}
     return Outcome(_record(metrics, {"scoring_seconds": round(time.perf_counter() - started, 2)}, plan, data), [])
@@ -136,8 +183,8 @@ def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_
     seconds = []
     arm.model.train()
     for step in range(warmup + steps):
-        taken = [sum(timed_step(arm, next(stream)).values()) for _ in range(parts)]
-        seconds.append(sum(taken))
+        taken = [timed_step(arm, next(stream), update=part == parts) for part in range(1, parts + 1)]
+        seconds.append(sum(sum(phases.values()) for phases in taken))
         on_step(step + 1, warmup + steps)
     trained = sum(parameter.numel() for parameter in arm.trained)
     metrics = {"trained_parameters": trained, "total_parameters": total, "steps": steps}
@@ -204,11 +251,25 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
     return Collator(pad_id)
 
 
+def _scoring_batches(
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    setting: Setting,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches without end of the rows that blocks are chosen by."""
+    rows = _rows(setting, config["model"], config.get("scored_on", family))
+    if "half" in config:
+        rows = rows.select(range(config["half"] - 1, len(rows), 2))
+    return micro_batches(rows, _collator(tokenizer), config["recipe"], config["seed"], device)
+
+
 def _evaluate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, config: Mapping[str, Any], metrics: Record
+    model: Any, tokenizer: PreTrainedTokenizerBase, tested: list[Data], config: Mapping[str, Any], metrics: Record
 ) -> list[Record]:
-    """Fill in the losses and accuracies; return the answered test items."""
-    evaluation, length = config["evaluation"], config["recipe"]["max_length"]
+    """Fill in the losses and accuracies on the data of the families trained on; return the answered test items."""
+    evaluation = config["evaluation"]
 
     def answers(items: list[Any]) -> Any:
         return evaluate(
@@ -220,23 +281,31 @@ def _evaluate(
             batch_size=evaluation["batch_size"],
         )
 
-    def loss(rows: list[Record]) -> float | None:
-        if not rows:
-            return None
-        encoded, _ = prepare(rows, tokenizer, max_length=length)
-        return _finite(answer_loss(model, tokenizer, encoded, evaluation["batch_size"]))
+    def of_all(rows: Callable[[Data], list[Any]]) -> list[Any]:
+        return [row for data in tested for row in rows(data)]
 
     model.config.use_cache = True
-    validated = answers(data.validation_items).results if data.validation_items else []
-    tested = answers(data.tests)
+    validation_items = of_all(lambda data: data.validation_items)
+    validated = answers(validation_items).results if validation_items else []
+    answered = answers(of_all(lambda data: data.tests))
     metrics["validation"] = {"correct": sum(item.correct for item in validated), "items": len(validated)}
-    metrics["validation_loss"] = loss(data.validation)
-    metrics["other_text_loss"] = loss(data.other_text)
+    metrics["validation_loss"] = _loss(model, tokenizer, of_all(lambda data: data.validation), config)
+    metrics["other_text_loss"] = _loss(model, tokenizer, of_all(lambda data: data.other_text), config)
     metrics["tests"] = {
         task.task: {"correct": task.correct, "items": task.n, "unparsed": task.unparsed, "truncated": task.truncated}
-        for task in tested.summary.tasks
+        for task in answered.summary.tasks
     }
-    return [_item(result) for result in tested.results]
+    return [_item(result) for result in answered.results]
+
+
+def _loss(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Record], config: Mapping[str, Any]
+) -> float | None:
+    """The loss on rows; None where there are none."""
+    if not rows:
+        return None
+    encoded, _ = prepare(rows, tokenizer, max_length=config["recipe"]["max_length"])
+    return _finite(answer_loss(model, tokenizer, encoded, config["evaluation"]["batch_size"]))
 
 
 def _item(result: Any) -> Record:

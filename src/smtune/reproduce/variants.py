@@ -1,0 +1,168 @@
+"""What the study asks of SMT beyond the library: other criteria, a dense warm-up, blocks chosen anew during training.
+
+Written to be seen through, not fast: gradients of whole matrices by plain autograd. What wins here moves into the
+library; what does not stays as evidence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import smtune
+from smtune.bench.sift import SparseEntries
+from smtune.blocks import tile
+from smtune.scoring import Scores
+from smtune.selection import Plan
+
+Batch = dict[str, Tensor]
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    # of a matrix cut into (R, C, l, l): its values w, the sum of its gradients g, the sum of their squares
+    "square_of_sum": lambda w, g, squares: g.square().mean((-1, -2)),
+    "over_scale": lambda w, g, squares: g.abs().mean((-1, -2)) / w.square().mean().sqrt(),
+    "times_scale": lambda w, g, squares: g.abs().mean((-1, -2)) * w.square().mean().sqrt(),
+    "over_mean": lambda w, g, squares: g.abs().mean((-1, -2)) / g.abs().mean(),
+    "signal": lambda w, g, squares: (g.square() / squares.clamp_min(1e-30)).mean((-1, -2)),
+    "nuclear": lambda w, g, squares: torch.linalg.svdvals(g).sum(-1),
+}
+"""Scores of blocks that the library has not, for "a better SMT".
+
+- `square_of_sum`: what a step of gradient descent takes off the loss; `abs_of_sum`: what a step of the gradient's sign does.
+- `over_scale`, `times_scale`: gradient over, or times, the root mean square of the matrix's weights.
+- `over_mean`: gradient over the mean of its matrix.
+- `signal`: the squared sum over the sum of squares; what a step scaled by the diagonal Fisher takes off the loss.
+- `nuclear`: what an orthogonalised step (Muon's) takes off the loss.
+"""
+
+
+@contextmanager
+def _wanting(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    weights = list(weights)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def gradient_sums(
+    model: Any, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """By weight, the sum of its gradients and of their squares, and the number of batches."""
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    seen = 0
+    with _wanting(weights.values()):
+        for seen, batch in enumerate(batches, start=1):
+            model(**batch).loss.backward()
+            for name, weight in weights.items():
+                assert weight.grad is not None
+                sums[name] += weight.grad
+                squares[name] += weight.grad.square()
+                weight.grad = None
+    return sums, squares, seen
+
+
+def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """The weights of layers by the layers' names."""
+    return {name: model.get_submodule(name).weight for name in names}
+
+
+def make_plan(model: nn.Module, config: smtune.SMTConfig, criterion: str, batches: Iterable[Batch]) -> Plan:
+    """A plan by one of `CRITERIA`.
+
+    Args:
+        config: everything but the criterion.
+    """
+    names = list(smtune.score_blocks(model, None, config))  # its criterion is "random": it only finds the layers
+    weights = weights_of(model, names)
+    sums, squares, seen = gradient_sums(model, weights, itertools.islice(batches, config.warmup_steps))
+    size = int(config.block_size)
+    with torch.no_grad():
+        scores = {
+            name: CRITERIA[criterion](*(tile(value, size) for value in (weight, sums[name], squares[name]))).float()
+            for name, weight in weights.items()
+        }
+    return _select(model, scores, config, criterion, seen)
+
+
+def _select(model: nn.Module, scores: Mapping[str, Tensor], config: Any, criterion: str, seen: int) -> Plan:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    found = Scores(scores, block_size=int(config.block_size), criterion=criterion, batches_seen=seen)
+    return smtune.select_blocks(found, config, total)
+
+
+def dense_warmup(
+    model: Any,
+    config: smtune.SMTConfig,
+    batches: Iterable[Batch],
+    learning_rate: float,
+    keep: bool,
+    on_step: Callable[[], object] = lambda: None,
+) -> Plan:
+    """The authors' warm-up: steps of full fine-tuning, whose own gradients score the blocks (`abs_of_sum`).
+
+    Args:
+        batches: one for each step; `config.warmup_steps` of them are drawn.
+        keep: leave the model as it is then, as the released code does; else put it back.
+    """
+    names = list(smtune.score_blocks(model, None, config))
+    weights = weights_of(model, names)
+    before = None if keep else {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    seen = 0
+    with _wanting(parameters):
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        for seen, batch in enumerate(itertools.islice(batches, config.warmup_steps), start=1):
+            model(**batch).loss.backward()
+            for name, weight in weights.items():
+                sums[name] += weight.grad
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            on_step()
+    if before is not None:
+        model.load_state_dict(before)
+    size = int(config.block_size)
+    scores = {name: tile(total.abs(), size).mean((-1, -2)).float() for name, total in sums.items()}
+    return _select(model, scores, config, "abs_of_sum, dense warm-up", seen)
+
+
+def whole_rows(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch], count: int) -> list[SparseEntries]:
+    """Train single rows of the weights, those of largest mean |Σ gradient|: blocks of one row, so to say.
+
+    Args:
+        config: for the layers and the number of batches.
+        count: parameters to train, at most.
+    """
+    names = list(smtune.score_blocks(model, None, config))
+    weights = weights_of(model, names)
+    sums, _, _ = gradient_sums(model, weights, itertools.islice(batches, config.warmup_steps))
+    rows = [
+        (-score, order, row)
+        for order, name in enumerate(names)
+        for row, score in enumerate(sums[name].abs().mean(1).tolist())
+    ]
+    chosen: dict[int, list[int]] = {}
+    for _, order, row in sorted(rows):
+        width = weights[names[order]].shape[1]
+        if count < width:
+            break
+        count -= width
+        chosen.setdefault(order, []).append(row)
+    entries = []
+    for order, picked in sorted(chosen.items()):
+        weight = weights[names[order]]
+        starts = torch.tensor(sorted(picked))[:, None] * weight.shape[1]
+        entries.append(SparseEntries(weight, (starts + torch.arange(weight.shape[1])).flatten()))
+    return entries
