@@ -87,17 +87,19 @@ def reselect(arm: bench.Arm, config: Mapping[str, Any], batches: Iterable[Batch]
     model: Any = arm.model
     model = model.merge_and_unload().requires_grad_(False)
     new = build(model, config, batches)
-    assert arm.plan is not None and new.plan is not None and arm.optimizer is not None and new.optimizer is not None
+    old_plan, plan, old_optimizer, optimizer = arm.plan, new.plan, arm.optimizer, new.optimizer
+    if not (old_plan and plan and old_optimizer and optimizer):
+        raise AssertionError("SMT has a plan and an optimizer")
     kept = {}
     for name, tensor in _block_tensors(new.model).items():
         if name not in old_tensors:
             continue
-        places = {pair: place for place, pair in enumerate(arm.plan.index(name).pairs)}
-        both = [(places[pair], k) for k, pair in enumerate(new.plan.index(name).pairs) if pair in places]
+        places = {pair: place for place, pair in enumerate(old_plan.index(name).pairs)}
+        both = [(places[pair], k) for k, pair in enumerate(plan.index(name).pairs) if pair in places]
         if both:
             before, after = torch.tensor(both).unbind(1)
             kept[tensor] = (old_tensors[name], before, after)
-    carry(arm.optimizer, new.optimizer, kept)
+    carry(old_optimizer, optimizer, kept)
     return new
 
 

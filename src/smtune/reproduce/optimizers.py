@@ -1,4 +1,4 @@
-"""Optimizers of the study that work on tensors of blocks, (m, l, l): AdamW with a count of steps for each block, and Muon.
+"""Optimizers of the study for tensors of blocks, (m, l, l): AdamW with a count of steps for each block, and Muon.
 
 All their state has m in front, so that a plan that changes during training can carry it over block by block. Imports
 torch alone.
@@ -52,7 +52,7 @@ class BlockAdamW(torch.optim.Optimizer):
 class BlockMuon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on a batch of square blocks: the momentum, orthogonalised, is the step.
 
-    One moment is kept, where Adam keeps two. Steps are scaled by 0.2·√l, so that an entry moves as far in the mean as by
+    One moment is kept, where Adam keeps two. Steps are scaled by 0.2·√l, so that an entry moves about as far as by
     AdamW of the same learning rate (Liu et al. 2025, *Muon is scalable for LLM training*).
 
     Args:

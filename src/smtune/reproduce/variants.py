@@ -33,7 +33,7 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 """Scores of blocks that the library has not, for "a better SMT".
 
-- `square_of_sum`: what a step of gradient descent takes off the loss; `abs_of_sum`: what a step of the gradient's sign does.
+- `square_of_sum`: what a step of gradient descent takes off the loss, as `abs_of_sum` is for a step of its sign.
 - `over_scale`, `times_scale`: gradient over, or times, the root mean square of the matrix's weights.
 - `over_mean`: gradient over the mean of its matrix.
 - `signal`: the squared sum over the sum of squares; what a step scaled by the diagonal Fisher takes off the loss.
@@ -62,7 +62,8 @@ def gradient_sums(
     squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     seen = 0
     with _wanting(weights.values()):
-        for seen, batch in enumerate(batches, start=1):
+        for batch in batches:
+            seen += 1
             model(**batch).loss.backward()
             for name, weight in weights.items():
                 assert weight.grad is not None
@@ -123,7 +124,8 @@ def dense_warmup(
     seen = 0
     with _wanting(parameters):
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        for seen, batch in enumerate(itertools.islice(batches, config.warmup_steps), start=1):
+        for batch in itertools.islice(batches, config.warmup_steps):
+            seen += 1
             model(**batch).loss.backward()
             for name, weight in weights.items():
                 sums[name] += weight.grad
