@@ -31,7 +31,7 @@ import smtune
 from smtune import InputError
 from smtune.models import skeleton
 from smtune.sharded import whole
-from smtune.training import parse_config, run
+from smtune.training import parse_config, train, trainer
 from smtune.tuner.layer import SMTLinear
 
 WORLD_SIZE, STEPS, ACCUMULATION = 2, 4, 2
@@ -364,12 +364,12 @@ def recipe(folder: Path, output: str, processes: int = 1, mode: str = "auto", **
 
 def by_trainer(values: dict, **options):
     """`smtune.training.train` with AdamW's eps set, which recipes leave alone."""
-    original = run.TrainingArguments
-    run.TrainingArguments = partial(original, adam_epsilon=EPS)
+    original = trainer.TrainingArguments
+    trainer.TrainingArguments = partial(original, adam_epsilon=EPS)
     try:
-        return run.train(parse_config(values), console=Console(quiet=True), **options)
+        return train(parse_config(values), console=Console(quiet=True), **options)
     finally:
-        run.TrainingArguments = original
+        trainer.TrainingArguments = original
 
 
 def run_trainer(engine: str, folder: Path) -> None:

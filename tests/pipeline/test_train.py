@@ -26,7 +26,7 @@ from smtune import InputError
 from smtune.models import load_model, load_tokenizer
 from smtune.training import dry_run, load_config, read_metrics, run, train
 from smtune.training.folder import COMPLETE, RunFolder
-from smtune.training.run import check_trainable
+from smtune.training.model import check_trainable
 
 METHODS = ["smt", "lora", "dora", "full"]
 STEPS = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def config(method, **changes):
     return {**shared, "budget": 0.05, **(smt if method == "smt" else {}), **changes}
 
 
-def trained(method, rows, recipe=RECIPE, **changes):
+def trained(method, rows, recipe: Any = RECIPE, **changes) -> tuple[list[float], Any]:
     """(losses, arm) after the recipe's steps."""
     settings = config(method, **changes)
     arm = arms.build(model(), settings, micro_batches(rows, Collator(0), recipe, 1, CPU))

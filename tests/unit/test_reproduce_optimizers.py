@@ -36,7 +36,7 @@ def test_every_block_is_trained_as_a_matrix_by_muon(m, size, steps):
     """torch's Muon orthogonalises in bf16, whose rounding its steps amplify, so it is held against ours loosely."""
     ours = blocks(m, size)
     targets = [blocks(m, size, seed).detach() for seed in (1, 2)]
-    theirs = [nn.Parameter(block.detach().clone()) for block in ours]
+    theirs = [block.detach().clone().requires_grad_(True) for block in ours]
     descend(BlockMuon([ours], lr=0.1), ours, targets, steps)
     for k, matrix in enumerate(theirs):
         optimizer = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

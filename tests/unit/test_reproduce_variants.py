@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,14 @@ CPU = torch.device("cpu")
 KINDS = ("q_proj", "k_proj", "v_proj")
 
 
-def model():
+def model() -> Any:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return prepared(LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4, vocab_size=40)))
 
 
@@ -51,7 +57,7 @@ def stream(rows):
     return micro_batches(rows, Collator(0), RECIPE, 1, CPU)
 
 
-def weights(net):
+def weights(net: Any) -> dict[str, Any]:
     return {name: module.weight for name, module in net.named_modules() if name.endswith(KINDS)}
 
 
@@ -198,7 +204,8 @@ def test_choosing_anew_keeps_what_was_trained(rows):
     assert len(plans) == 3
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    merged, base = arm.model.merge_and_unload(), model()
+    trained: Any = arm.model
+    merged, base = trained.merge_and_unload(), model()
     ever = set().union(*map(chosen, plans))
     assert ever > chosen(plans[-1])  # else nothing is tested
     for name, weight in weights(merged).items():
