@@ -188,6 +188,45 @@ def verdict(difference: Estimate) -> Verdict:
     return "worse" if difference.high < 0 else "undecided"
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several comparisons, adjusted so that one false finding among all has a chance of 5 % at 0.05.
+
+    Source: Holm 1979, Scand. J. Stat. 6, 65.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of a value of each seed with Student's 95 % interval, which is endless for a single seed."""
+    value, half = fmean(values), _of_seeds(values) if len(values) > 1 else math.inf
+    return Estimate(value, value - half, value + half)
+
+
+Z_80 = 0.8416212335729143
+"""The normal quantile of a power of 80 %."""
+
+
+def smallest_difference(item_deviation: float, n_items: int, seed_deviation: float = 0.0, n_seeds: int = 1) -> float:
+    """The true difference of two arms that `difference_over_seeds` tells from zero in 80 % of all experiments.
+
+    Half of its 95 % interval and `Z_80` standard errors, the items' and the two arms' seeds' parts added in quadrature.
+    Of one seed an arm only the items' part is known.
+
+    Args:
+        item_deviation: standard deviation over items of the paired difference, each the mean over seeds.
+        seed_deviation: standard deviation of an arm's accuracy over seeds.
+    Source: Bloom 1995, Evaluation Review 19, 547 (minimum detectable effect), with Student's quantile for the seeds.
+    """
+    items = item_deviation / math.sqrt(n_items)
+    seeds = math.sqrt(2) * seed_deviation / math.sqrt(n_seeds) if n_seeds > 1 else 0.0
+    quantile = _student(n_seeds) if n_seeds > 1 else 0.0
+    return math.hypot(Z_95 * items, quantile * seeds) + Z_80 * math.hypot(items, seeds)
+
+
 def _check_runs(runs: Sequence[Sequence[bool]]) -> None:
     if not runs or not runs[0] or len({len(run) for run in runs}) > 1:
         raise ValueError(f"Expected runs over the same items. Got {[len(run) for run in runs]} items.")
@@ -198,5 +237,9 @@ def _of_seeds(means: Sequence[float]) -> float:
     k = len(means)
     if k < 2:
         return 0.0
-    quantile = _T_95[k - 2] if k - 2 < len(_T_95) else Z_95
-    return quantile * stdev(means) / math.sqrt(k)
+    return _student(k) * stdev(means) / math.sqrt(k)
+
+
+def _student(k: int) -> float:
+    """Student's quantile of a two-sided 95 % interval for the mean of k > 1 values."""
+    return _T_95[k - 2] if k - 2 < len(_T_95) else Z_95

@@ -17,7 +17,7 @@ from rich.table import Table
 from smtune.errors import InputError
 from smtune.reproduce import memory
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
-from smtune.reproduce.declared import load_experiment
+from smtune.reproduce.declared import Size, load_experiment
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
 from smtune.reproduce.train import count_steps
@@ -64,7 +64,9 @@ def estimate(request: Request, name: str) -> list[Estimate]:
             steps = min(TIMED_STEPS, count_steps(recipe, size.rows))
             steps += min(WARMUP_STEPS, max(1, steps // 10))
         items = min(setting.items or tier.evaluation.items or size.items, size.items) * (experiment.kind == "train")
-        seconds = _seconds(tier.flops_per_second, counted, arm, recipe, steps, items, size, experiment.kind)
+        scores = arm.row.method == "smt" and experiment.kind in ("train", "select")
+        total, trained = counted.total_parameters, counted.trained_parameters
+        seconds = seconds_of_cell(tier.flops_per_second, total, trained, recipe, steps, items, size, scores)
         found.append(Estimate(arm, counted, steps, seconds, BYTES_PER_ITEM * items + 20_000))
     return found
 
@@ -106,15 +108,20 @@ def _count(
     return counted
 
 
-def _seconds(
-    rate: float, counted: memory.Memory, arm: Arm, recipe: Record, steps: int, items: int, size: Any, kind: str
+def seconds_of_cell(
+    rate: float, total: int, trained: int, recipe: Record, steps: int, items: int, size: Size, scores: bool
 ) -> float:
     """Training and scoring at 2 FLOP a parameter and token for the forward and for dX, and for what is trained; then
-    prompts and generated tokens of the items, tested and validated."""
-    total, trained = counted.total_parameters, counted.trained_parameters
+    prompts and generated tokens of the items, tested and validated.
+
+    Args:
+        rate: FLOP/s.
+        total, trained: parameters.
+        scores: whether blocks are scored first.
+    """
     tokens_of_step = recipe["batch_size"] * size.tokens
     flops = steps * tokens_of_step * (4 * total + 2 * trained)
-    if arm.row.method == "smt" and kind in ("train", "select"):
+    if scores:
         flops += recipe["scoring_batches"] * recipe["micro_batch_size"] * size.tokens * 6 * total
     flops += items * 2 * total * (PROMPT_TOKENS + size.answer_tokens / DECODING_SHARE)
     return flops / rate

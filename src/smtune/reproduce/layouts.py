@@ -425,15 +425,28 @@ def _name(arm: Arm, result: Result) -> str:
 
 def accuracies(records: Sequence[Record]) -> dict[str, Estimate]:
     """By test, the mean over seeds with its interval."""
-    runs = [_right(record) for record in records]
+    runs = [right(record) for record in records]
     return {test: accuracy_over_seeds([run[test] for run in runs]) for test in runs[0]}
 
 
-def _right(record: Record) -> dict[str, list[bool]]:
+def right(record: Record) -> dict[str, list[bool]]:
+    """By test, whether each item was right."""
     by_test: dict[str, list[bool]] = {}
     for item in record["items"]:
         by_test.setdefault(item["task"], []).append(item["correct"])
     return by_test
+
+
+def difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[Estimate, float]:
+    """Accuracy of arm a less that of b, the mean over the tests of both with its interval; and its p-value."""
+    runs_a, runs_b = ([right(record) for record in records] for records in (a, b))
+    found = [
+        difference_over_seeds([run[test] for run in runs_a], [run[test] for run in runs_b])
+        for test in runs_a[0]
+        if test in runs_b[0]
+    ]
+    total = mean([each.difference for each in found])
+    return total, found[0].p_value if len(found) == 1 else p_value_of(total)
 
 
 def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
@@ -446,11 +459,8 @@ def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
     others.sort(key=lambda pair: pair[0].budget != arm.budget)
     if not others or others[0][0] is arm:
         return DASH
-    a, b = ([_right(record) for record in each] for each in (records, others[0][1]))
-    found = [difference_over_seeds([run[test] for run in a], [run[test] for run in b]) for test in a[0] if test in b[0]]
-    total = mean([each.difference for each in found])
+    total, p_value = difference(records, others[0][1])
     low, high = 100 * total.low, 100 * total.high
-    p_value = found[0].p_value if len(found) == 1 else p_value_of(total)
     p = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
     return f"{100 * total.value:+.1f} ({low:+.1f} to {high:+.1f}), {p}, *{verdict(total)}*".replace("-", "−")
 
