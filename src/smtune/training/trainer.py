@@ -1,0 +1,193 @@
+"""Hugging Face's Trainer as a configuration asks for it: its engine, its arguments, and the order of rows.
+
+Imports transformers, accelerate and, of this package, `config` and `folder`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from smtune.errors import InputError, did_you_mean
+from smtune.training.config import TrainConfig
+from smtune.training.folder import RunFolder
+
+# Engine ---------------------------------------------------------------------------------------------------------------
+
+
+def check_engine(config: TrainConfig, processes: int | None = None) -> None:
+    """Raises InputError for an engine that is not installed, whose file is missing, or that has nothing to share."""
+    deepspeed, fsdp = config.training.deepspeed, config.training.fsdp
+    if deepspeed is not None and find_spec("deepspeed") is None:
+        raise InputError("training.deepspeed: deepspeed is not installed: pip install 'smtune[distributed]'.")
+    if isinstance(deepspeed, str):
+        _read_engine_file(deepspeed)
+    if fsdp is not None and (processes or int(os.environ.get("WORLD_SIZE", 1))) < 2:
+        raise InputError(
+            "training.fsdp: expected several processes to shard the model over. Got one: start them with --nproc, "
+            "torchrun or accelerate launch, or leave it out."
+        )
+
+
+def _read_engine_file(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"training.deepspeed: expected a JSON file at {path}. It cannot be read: {error}.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"training.deepspeed: expected a JSON object in {path}. Got something else.")
+    return values
+
+
+def _uses_deepspeed(config: TrainConfig) -> bool:
+    by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return config.training.deepspeed is not None or by_launcher
+
+
+def _start_deepspeed_on_cpus() -> None:
+    """Start the process group: Accelerate knows no backend for DeepSpeed's processes where there is no accelerator."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(backend="gloo")
+
+
+def loads_on_first(config: TrainConfig) -> bool:
+    """Whether only the first process is to read the weights; Accelerate then gives the others their parts of them."""
+    by_launcher = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked = (config.training.fsdp or {}).get("cpu_ram_efficient_loading", uses_fsdp and by_launcher)
+    return config.method != "full" and str(asked).lower() == "true"
+
+
+@contextmanager
+def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
+    """Load all of the weights on every process, for scoring, where ZeRO-3 would give each a part."""
+    by_parts = getattr(arguments, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if by_parts is not None:
+            set_hf_deepspeed_config(by_parts)
+
+
+# Trainer --------------------------------------------------------------------------------------------------------------
+
+
+def rows_per_step(config: TrainConfig, processes: int) -> int:
+    training = config.training
+    return training.batch_size * training.gradient_accumulation_steps * processes
+
+
+def count_steps(config: TrainConfig, n_rows: int, processes: int) -> tuple[int, int]:
+    """(optimizer steps of an epoch, of the run), as Trainer counts them."""
+    per_epoch = math.ceil(n_rows / rows_per_step(config, processes))
+    if config.training.max_steps is not None:
+        return per_epoch, config.training.max_steps
+    return per_epoch, math.ceil((config.training.epochs or 0.0) * per_epoch)
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raises InputError for a tracker that does not exist or is not installed."""
+    asked = config.training.report_to
+    for name in [asked] if isinstance(asked, str) else asked:
+        if name in ("none", "all") or name in get_available_reporting_integrations():
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"training.report_to: {name} is not installed: install it, or leave it out.")
+        options = ["none", "all", *INTEGRATION_TO_CALLBACK]
+        hint = did_you_mean(name, options)
+        raise InputError(f"training.report_to: expected {', '.join(options)}. Got {name!r}.{hint}")
+
+
+def training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArguments:
+    training = config.training
+    assert training.learning_rate is not None  # decided by `TrainConfig.resolved`
+    warmup = training.warmup_steps if training.warmup_steps is not None else training.warmup_ratio or 0.0
+    on_cpus = not torch.accelerator.is_available()
+    engine: dict[str, Any] = {"use_cpu": on_cpus}  # Trainer refuses bf16 on a CPU that was not asked for
+    if on_cpus and _uses_deepspeed(config):
+        _start_deepspeed_on_cpus()
+        engine = {"accelerator_config": {"use_configured_state": True}}
+    if training.fsdp is not None:
+        engine |= {"fsdp": True, "fsdp_config": dict(training.fsdp)}
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        run_name=folder.path.name,
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.epochs or 1.0,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        warmup_steps=warmup,  # below 1: a fraction of all steps
+        lr_scheduler_type=training.schedule,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        deepspeed=_read_engine_file(training.deepspeed) if isinstance(training.deepspeed, str) else training.deepspeed,
+        bf16=config.method == "full" and config.dtype == "bfloat16",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        report_to=training.report_to,
+        seed=training.seed,
+        data_seed=training.seed,  # the order of rows comes from this alone, whatever a method draws
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
+        **engine,
+    )
+    if arguments.n_gpu > 1:
+        # One process and several GPUs would mean nn.DataParallel. Launch one process for each with torchrun instead.
+        arguments._n_gpu = 1
+    return arguments
+
+
+class _LengthGrouped(Sampler[int]):
+    """Rows of like length together, in an order that depends on the seed and the epoch alone.
+
+    Trainer's own draws from the global random state, which a method with dropout moves.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class RecipeTrainer(Trainer):
+    lengths: list[int] | None = None
+    """Tokens of each row, to group rows by; None: a random order."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _LengthGrouped(self.lengths, batch_size, self.args.data_seed or 0)
