@@ -109,6 +109,10 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="generate, or likelihood for tasks with options.")] = "generate",
     limit: Annotated[int | None, typer.Option(help="Items of a task, at most.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    beams: Annotated[int, typer.Option(min=1, help="Of the search for an answer; 1 is greedy.")] = 1,
+    backend: Annotated[
+        str, typer.Option(help="smtune, or lm-eval: likelihood by lm-evaluation-harness's own model class.")
+    ] = "smtune",
     dtype: DType = "float32",
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: beside the model's run.")] = None,
 ) -> None:
@@ -116,7 +120,8 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("Expected --tasks with names of tasks or groups, such as gsm8k,boolq. Got none.")
-    _evaluate(model, _items(names, source, limit, protocol), protocol, batch_size, dtype, output)
+    items = _items(names, source, limit, protocol, beams, backend)
+    _evaluate(model, items, protocol, batch_size, dtype, output, beams, backend)
 
 
 def is_main_process() -> bool:
@@ -126,7 +131,14 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def _items(tasks: list[str], source: str | None, limit: int | None, protocol: str) -> list[Any]:
+def _items(
+    tasks: list[str],
+    source: str | None,
+    limit: int | None,
+    protocol: str,
+    beams: int = 1,
+    backend: str = "smtune",
+) -> list[Any]:
     """The test items, all of them readable by the protocol."""
     from smtune.data import packaged_tests
     from smtune.evaluation import check, load_items, resolve_tasks
@@ -141,12 +153,19 @@ def _items(tasks: list[str], source: str | None, limit: int | None, protocol: st
             "https://github.com/AGI-Edgerunners/LLM-Adapters` has all sets: give its folder `dataset`."
         )
     items = [item for task in chosen for item in load_items(task, source, limit)]
-    check(items, protocol)
+    check(items, protocol, beams=beams, backend=backend)
     return items
 
 
 def _evaluate(
-    model: str, items: list[Any], protocol: str, batch_size: int, dtype: str, output: Path | None
+    model: str,
+    items: list[Any],
+    protocol: str,
+    batch_size: int,
+    dtype: str,
+    output: Path | None,
+    beams: int = 1,
+    backend: str = "smtune",
 ) -> Evaluation:
     """Evaluate, print, keep every item's output."""
     from rich.progress import Progress
@@ -157,7 +176,8 @@ def _evaluate(
 
     if output is None:
         place = Path(model) if Path(model).is_dir() else Path("evaluations") / model.replace("/", "--")
-        output = place / "evaluation" / f"{protocol}-{dtype}"
+        how = protocol + (f"-beams{beams}" if beams > 1 else "") + (f"-{backend}" if backend != "smtune" else "")
+        output = place / "evaluation" / f"{how}-{dtype}"
     if output.exists() and not output.is_dir():
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -170,6 +190,8 @@ def _evaluate(
             model_id=fingerprint(model),
             out_dir=output,
             batch_size=batch_size,
+            beams=beams,
+            backend=backend,  # type: ignore[arg-type]
             progress=lambda done, total: bar.update(task, completed=done),
         )
     Console().print(summary_table(evaluation.summary))

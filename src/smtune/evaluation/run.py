@@ -1,8 +1,9 @@
 """Evaluate a causal language model: batched, longest first, resumable.
 
-Two protocols. `generate` is LLM-Adapters': the Alpaca prompt of training, a greedy completion, the answer read
-from it. `likelihood` picks the option whose text the model finds likeliest after the same prompt, so it needs no
-format to be learnt; `tasks.Choice` says what is scored. Imports the modules beside it, torch and transformers.
+Two protocols. `generate` is LLM-Adapters': the Alpaca prompt of training, a completion (greedy, or by beam search), the
+answer read from it. `likelihood` picks the option whose text the model finds likeliest after the same prompt, so it
+needs no format to be learnt; `tasks.Choice` says what is scored, and `harness` scores it a second way. Imports the
+modules beside it, torch and transformers.
 
 Shapes: B prompts in a batch, S sequences (one per option), T tokens of the longest, V vocabulary.
 """
@@ -10,7 +11,7 @@ Shapes: B prompts in a batch, S sequences (one per option), T tokens of the long
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from smtune.errors import InputError, did_you_mean
+from smtune.evaluation import harness
 from smtune.evaluation import results as results_
 from smtune.evaluation.answers import Answer, extract_answer, is_correct
 from smtune.evaluation.results import ItemResult, Summary
 from smtune.evaluation.tasks import Choice, Item, choices
 
 Protocol = Literal["generate", "likelihood"]
+Backend = Literal["smtune", "lm-eval"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def evaluate(
     out_dir: str | Path | None = None,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    beams: int = 1,
+    backend: Backend = "smtune",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model on items of one or several tasks.
@@ -59,18 +64,26 @@ def evaluate(
         model_id: names the weights; results of another `model_id` are not mixed in.
         out_dir: folder for `items.jsonl` and `summary.json`. Items already there are not run again, so a call
             that was cut short goes on, and more tasks may be added. None: nothing is written.
-        batch_size: prompts at a time; under likelihood each is a sequence per option.
+        batch_size: prompts at a time; under likelihood each is a sequence per option (with "lm-eval", sequences),
+            and with beams it is so many.
         max_new_tokens: tokens a completion may have; None for each task's own.
+        beams: of the search for a completion, as transformers' `num_beams`; 1 is greedy. LLM-Adapters takes 4.
+        backend: who computes the likelihood: this module, or EleutherAI's `lm_eval` (`harness`).
         progress: called with (items done, items in all) after each batch.
     Returns:
-        The same to rounding at any batch size.
+        The same to rounding at any batch size. The summary's `run` names beams and backend that are not the default.
     Raises:
-        InputError: a task without options under likelihood, or an `out_dir` that holds another run.
+        InputError: a task without options under likelihood, a setting that is not the protocol's, `lm_eval` that is not
+            installed, or an `out_dir` that holds another run.
     """
-    check(items, protocol, batch_size, max_new_tokens)
+    check(items, protocol, batch_size, max_new_tokens, beams, backend)
     run: dict[str, Any] = {"protocol": protocol, "model": model_id, "dtype": str(model.dtype).removeprefix("torch.")}
     if protocol == "generate":
         run["max_new_tokens"] = max_new_tokens or "by task"
+    if beams > 1:
+        run["beams"] = beams
+    if backend == "lm-eval":
+        run["backend"] = f"lm_eval {harness.version()}"
     folder = Path(out_dir) if out_dir is not None else None
     kept = results_.resume(folder, run) if folder else []
     done = {result.key: result for result in kept}
@@ -80,13 +93,16 @@ def evaluate(
     else:
         requests = [_choice_request(item, tokenizer) for item in items if item.key not in done]
     n_done = len(items) - len(requests)
-    with _borrowed(model, tokenizer):
+    with _borrowed(model, tokenizer, beams):
+        lm = harness.load(model, tokenizer, batch_size) if requests and backend == "lm-eval" else None
         for batch in _batches(requests, batch_size):
             if protocol == "generate":
                 budget = max_new_tokens or batch[0].item.task.max_new_tokens
                 answered = _generate(model, tokenizer, batch, budget)
+            elif lm is not None:
+                answered = _choose(batch, harness.log_probs(lm, [choice for one in batch for choice in one.choices]))
             else:
-                answered = _score(model, tokenizer, batch)
+                answered = _choose(batch, _log_probs(model, tokenizer, batch))
             if folder:
                 results_.append(folder, answered)
             done |= {result.key: result for result in answered}
@@ -102,12 +118,26 @@ def evaluate(
 
 
 def check(
-    items: Sequence[Item], protocol: str = "generate", batch_size: int = 1, max_new_tokens: int | None = None
+    items: Sequence[Item],
+    protocol: str = "generate",
+    batch_size: int = 1,
+    max_new_tokens: int | None = None,
+    beams: int = 1,
+    backend: str = "smtune",
 ) -> None:
     """Raises InputError for what `evaluate` would refuse, so that it can be known before a model is trained."""
     if protocol not in get_args(Protocol):
         hint = did_you_mean(protocol, get_args(Protocol))
         raise InputError(f'Expected a protocol, "generate" or "likelihood". Got "{protocol}".{hint}')
+    if backend not in get_args(Backend):
+        hint = did_you_mean(backend, get_args(Backend))
+        raise InputError(f'Expected a backend, "smtune" or "lm-eval". Got "{backend}".{hint}')
+    if backend == "lm-eval":
+        if protocol != "likelihood":
+            raise InputError(f'Expected the protocol "likelihood": it is what "lm-eval" serves. Got "{protocol}".')
+        harness.require()
+    if beams < 1 or (beams > 1 and protocol != "generate"):
+        raise InputError(f'Expected at least 1 beam, and more only to "generate". Got {beams} under "{protocol}".')
     if not items:
         raise InputError("Expected at least one item to evaluate. Got none.")
     if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
@@ -199,7 +229,7 @@ def _pad(sequences: Sequence[list[int]], side: Literal["left", "right"], pad_id:
 def _generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[_Request], max_new_tokens: int
 ) -> list[ItemResult]:
-    """Greedy completions. The prompts are padded on the left, so that each is followed by its completion."""
+    """The completions. The prompts are padded on the left, so that each is followed by its completion."""
     stops = _stop_ids(model, tokenizer)
     ids, mask = _pad([request.sequences[0].ids for request in batch], "left", _pad_id(tokenizer))
     output = model.generate(
@@ -220,8 +250,8 @@ def _generate(
     return answered
 
 
-def _score(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[_Request]) -> list[ItemResult]:
-    """Log-probability of every option. Padded on the right, where a causal model does not look."""
+def _log_probs(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[_Request]) -> list[float]:
+    """Log-probability of every option, request by request. Padded on the right, where a causal model does not look."""
     sequences = [sequence for request in batch for sequence in request.sequences]
     ids_ST, mask_ST = _pad([sequence.ids for sequence in sequences], "right", _pad_id(tokenizer))
     ids_ST = ids_ST.to(model.device)
@@ -241,7 +271,11 @@ def _score(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[_Requ
         logits = logits_KV[sequence.start - 1 - first : end - 1 - first].float()
         targets = row_ids[sequence.start : end]
         log_probs.append(-torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
+    return log_probs
 
+
+def _choose(batch: Sequence[_Request], log_probs: Iterable[float]) -> list[ItemResult]:
+    """The likeliest option of each request."""
     answered, rest = [], iter(log_probs)
     for request in batch:
         scores = {choice.label: value for choice, value in zip(request.choices, rest)}
@@ -260,17 +294,17 @@ def _result(item: Item, prediction: Answer | None, **detail: Any) -> ItemResult:
 
 
 @contextmanager
-def _borrowed(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Evaluation mode, no gradients and plain greedy decoding inside; everything as it was afterwards."""
+def _borrowed(model: Any, tokenizer: PreTrainedTokenizerBase, beams: int) -> Iterator[None]:
+    """Evaluation mode, no gradients and plain decoding without sampling inside; everything as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     # `generate` fills whatever a call leaves open from the model's own settings, sampling flags and penalties
     # included: those are put aside. A PeftModel may hold settings of its own beside its base model's.
     owners = [owner for owner in (model, getattr(model, "get_base_model", lambda: None)()) if owner is not None]
     owners = [owner for owner in owners if "generation_config" in vars(owner)]
     settings = [owner.generation_config for owner in owners]
-    greedy = GenerationConfig(
+    plain = GenerationConfig(
         do_sample=False,
-        num_beams=1,
+        num_beams=beams,
         use_cache=True,
         eos_token_id=sorted(_stop_ids(model, tokenizer)) or None,
         pad_token_id=_pad_id(tokenizer),
@@ -278,7 +312,7 @@ def _borrowed(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     try:
         model.eval()
         for owner in owners:
-            owner.generation_config = greedy
+            owner.generation_config = plain
         # Not inference_mode: what a module caches in it could never be trained through again.
         with torch.no_grad():
             yield

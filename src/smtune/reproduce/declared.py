@@ -205,12 +205,20 @@ class Evaluation(_Section):
         validation_rows: training rows held out; their loss, and the accuracy on those that name their task, choose
             the learning rate.
         batch_size: prompts at a time.
+        beams: of the search for an answer; 1 is greedy.
     """
 
     protocol: Literal["generate", "likelihood"] = "generate"
     items: Count | None = None
     validation_rows: Count = 100
     batch_size: Count = 50
+    beams: Count = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluation:
+        if self.beams > 1 and self.protocol != "generate":
+            raise ValueError("expected beams of generated answers only")
+        return self
 
 
 class Model(_Section):

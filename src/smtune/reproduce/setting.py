@@ -72,6 +72,8 @@ class Setting:
         """What the cells of a model and a family share. Reads the data."""
         named = {"data": load_data(self, family).identity, "weights": weights(self, model)}
         evaluation = self.declared.evaluation.model_dump(exclude={"items"})
+        if evaluation["beams"] == 1:  # as in cells from before there were beams
+            del evaluation["beams"]
         return {**self.shape(model, family), **named, "evaluation": evaluation}
 
 

@@ -279,6 +279,7 @@ def _evaluate(
             protocol=evaluation["protocol"],
             model_id=config["weights"],
             batch_size=evaluation["batch_size"],
+            beams=evaluation.get("beams", 1),
         )
 
     def of_all(rows: Callable[[Data], list[Any]]) -> list[Any]:
