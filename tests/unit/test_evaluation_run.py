@@ -130,6 +130,41 @@ def test_completions_equal_brute_force_at_any_batch_size(model, tokenizer, batch
     assert {r.prediction is None and r.correct for r in results} == {False}
 
 
+def alone(model, tokenizer, prompt, beams, max_new_tokens=12):
+    """(completion, mean log-probability of its tokens) by transformers: one prompt, no padding."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=EOS,
+    )[0, ids.shape[1] :]
+    with torch.no_grad():
+        logits = model(torch.cat([ids[0], found])[None]).logits[0, ids.shape[1] - 1 : -1]
+    log_probs = logits.log_softmax(-1).gather(1, found[:, None])
+    return tokenizer.decode([token for token in found if token != EOS]), log_probs.mean().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_beams_are_those_of_transformers_at_any_batch_size(model, tokenizer, batch_size):
+    items = number_items()
+    model.eval()
+    expected = [alone(model, tokenizer, item.prompt, 4) for item in items]
+    greedy = [alone(model, tokenizer, item.prompt, 1) for item in items]
+    # A search finds what greedy steps miss, and says otherwise.
+    assert [text for text, _ in expected] != [text for text, _ in greedy]
+    assert sum(mean for _, mean in expected) > sum(mean for _, mean in greedy)
+    kwargs = {"model_id": "tiny", "batch_size": batch_size, "max_new_tokens": 12}
+    found = evaluate(model, tokenizer, items, beams=4, **kwargs)
+    assert [result.completion for result in found.results] == [text for text, _ in expected]
+    assert found.summary.run["beams"] == 4
+    plain = evaluate(model, tokenizer, items, **kwargs)
+    assert [result.completion for result in plain.results] == [text for text, _ in greedy]
+    assert "beams" not in plain.summary.run  # so that results from before there were beams can be gone on with
+
+
 def test_a_completion_ends_at_the_end_of_text(model, tokenizer):
     items = number_items(4)
     model.eval()
@@ -208,6 +243,7 @@ def test_tasks_can_be_added_to_a_run(model, tokenizer, tmp_path):
         ({"model_id": "other"}, "model 'tiny', not 'other'"),
         ({"max_new_tokens": 5}, "max_new_tokens 4, not 5"),
         ({"protocol": "likelihood"}, "protocol 'generate', not 'likelihood'"),
+        ({"beams": 2}, "beams None, not 2"),
     ],
 )
 def test_results_of_another_run_are_not_mixed_in(model, tokenizer, tmp_path, change, named):

@@ -32,13 +32,18 @@ from smtune.evaluation.tasks import TASKS, Choice, Item, choices
 from smtune.files import write_text
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
 NEAR_TIE = 1e-4
 """Options whose scores (nats, or nats per character) differ by less may change places by rounding in fp32."""
 
 PREFIX = "smtune_"
 """Of the names of our tasks in the harness, which has tasks of the same sets with other prompts."""
+
+UNSEEDED: dict[str, Any] = dict.fromkeys(
+    ["random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"]
+)
+"""The harness seeds every generator that it is not told to leave alone."""
 
 Record = dict[str, Any]
 
@@ -69,7 +74,7 @@ def load(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFL
     """
     require()
     with _quiet_import():
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     # It warns that a model was given and not a name.
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
@@ -83,7 +88,7 @@ def load(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFL
 def log_probs(lm: HFLM, options: Sequence[Choice]) -> list[float]:
     """Natural log-probability of each option's `scored` after `prompt` and `opening`, summed over its tokens."""
     with _quiet_import():
-        from lm_eval.api.instance import Instance
+        from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     requests = [
         Instance("loglikelihood", doc={}, arguments=(option.prompt + option.opening, option.scored), idx=k)
@@ -156,18 +161,15 @@ def run_tasks(lm: HFLM, folder: str | Path, names: Sequence[str]) -> dict[str, l
         By name, the harness's sample of every item, in the order of the items.
     """
     with _quiet_import():
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     found: Any = simple_evaluate(
         lm,
         tasks=list(names),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
-        random_seed=None,  # type: ignore[arg-type]  # None: leave the generator alone
-        numpy_random_seed=None,  # type: ignore[arg-type]
-        torch_random_seed=None,  # type: ignore[arg-type]
-        fewshot_random_seed=None,  # type: ignore[arg-type]
+        **UNSEEDED,
     )
     return {name: sorted(found["samples"][name], key=lambda sample: sample["doc_id"]) for name in names}
 
