@@ -5,22 +5,23 @@ harness, which `run_tasks`, or its own command with `--include_path`, runs; `agr
 item by item. Imports `tasks`, `answers` and `results`; `lm_eval` only when it is used.
 
 Two things the harness does otherwise. It cuts prompt and answer into tokens as one text, where training and `run` cut
-them apart, which is the same for byte-level tokenizers but not for SentencePiece's. And it counts white space before an
-option to the option, so that HellaSwag's endings, which follow the prompt itself, include the end of its last line.
+them apart: the same tokens from a byte-level tokenizer, but not always from SentencePiece's. And it counts white space
+before an option to the option, so that HellaSwag's endings, which follow the prompt itself, include the end of its last
+line.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import importlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
@@ -31,18 +32,13 @@ from smtune.evaluation.results import ItemResult, likeliest
 from smtune.evaluation.tasks import TASKS, Choice, Item, choices
 from smtune.files import write_text
 
-if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-
 NEAR_TIE = 1e-4
 """Options whose scores (nats, or nats per character) differ by less may change places by rounding in fp32."""
 
 PREFIX = "smtune_"
 """Of the names of our tasks in the harness, which has tasks of the same sets with other prompts."""
 
-UNSEEDED: dict[str, Any] = dict.fromkeys(
-    ["random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"]
-)
+UNSEEDED = dict.fromkeys(["random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"])
 """The harness seeds every generator that it is not told to leave alone."""
 
 Record = dict[str, Any]
@@ -62,8 +58,8 @@ def version() -> str:
     return metadata.version("lm_eval")
 
 
-def load(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
-    """The harness's own model class around a model.
+def load(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The harness's own model class, `HFLM`, around a model.
 
     Args:
         model: a causal language model on its device; set to evaluation mode.
@@ -73,25 +69,27 @@ def load(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFL
         InputError: `lm_eval` is not installed.
     """
     require()
-    with _quiet_import():
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     # It warns that a model was given and not a name.
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+        return _module("lm_eval.models.huggingface").HFLM(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size
+        )
     finally:
         logger.setLevel(level)
 
 
-def log_probs(lm: HFLM, options: Sequence[Choice]) -> list[float]:
-    """Natural log-probability of each option's `scored` after `prompt` and `opening`, summed over its tokens."""
-    with _quiet_import():
-        from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+def log_probs(lm: Any, options: Sequence[Choice]) -> list[float]:
+    """Natural log-probability of each option's `scored` after `prompt` and `opening`, summed over its tokens.
 
+    Args:
+        lm: of `load`.
+    """
+    request = _module("lm_eval.api.instance").Instance
     requests = [
-        Instance("loglikelihood", doc={}, arguments=(option.prompt + option.opening, option.scored), idx=k)
+        request("loglikelihood", doc={}, arguments=(option.prompt + option.opening, option.scored), idx=k)
         for k, option in enumerate(options)
     ]
     return [log_prob for log_prob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
@@ -150,7 +148,7 @@ def _record(item: Item, in_context: bool) -> Record:
     return {**record, "context": contexts[0], "options": [option.scored.strip() for option in options]}
 
 
-def run_tasks(lm: HFLM, folder: str | Path, names: Sequence[str]) -> dict[str, list[Record]]:
+def run_tasks(lm: Any, folder: str | Path, names: Sequence[str]) -> dict[str, list[Record]]:
     """Run tasks of `write_task` by the harness.
 
     Args:
@@ -160,14 +158,11 @@ def run_tasks(lm: HFLM, folder: str | Path, names: Sequence[str]) -> dict[str, l
     Returns:
         By name, the harness's sample of every item, in the order of the items.
     """
-    with _quiet_import():
-        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
-    found: Any = simple_evaluate(
+    manager = _module("lm_eval.tasks").TaskManager(include_path=str(folder), include_defaults=False)
+    found = _module("lm_eval.evaluator").simple_evaluate(
         lm,
         tasks=list(names),
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        task_manager=manager,
         bootstrap_iters=0,
         **UNSEEDED,
     )
@@ -228,9 +223,8 @@ def _log_probs(sample: Mapping[str, Any]) -> dict[str, float]:
     return {label: log_prob for label, (log_prob, _) in zip(sample["doc"]["labels"], sample["filtered_resps"])}
 
 
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Without the warnings that `lm_eval` and what it brings raise about themselves when imported."""
+def _module(name: str) -> Any:
+    """A module of `lm_eval`, without the warnings that it and what it brings raise about themselves on import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        return importlib.import_module(name)
