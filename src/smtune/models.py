@@ -156,6 +156,16 @@ def skeleton(name: str, dtype: str | None = None, buffers: bool = False) -> nn.M
     return model
 
 
+def checkpoint_quantisation(name: str) -> str | None:
+    """The method by which a model's checkpoint is quantised, as its configuration names it; None where it is not."""
+    with quiet(), _loading(name):
+        found = getattr(AutoConfig.from_pretrained(resolve(name)), "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    return str(values.get("quant_method") or "unknown method")
+
+
 def adapter_base(place: str) -> str | None:
     """The base model that the adapter in a folder was made for, or None where the folder is not an adapter's."""
     path = Path(place) / "adapter_config.json"

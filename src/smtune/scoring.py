@@ -19,6 +19,8 @@ where u = 2⁻⁸ is the unit roundoff of bf16; so after T batches an entry is o
 by at most the mean of that over the block. The Sₜ are the sums that stand in the accumulator; the fp32 rounding before
 (2⁻²⁴) and numbers below 2⁻¹²⁶ are left out. Ranks round once more when they add up.
 
+Where weights are trained anyway, `GradientScores` gives the same scores from their gradients, without taps.
+
 Imports torch and the modules below alone. Shapes: O out, I in, R×C grid, N tokens, l block size.
 """
 
@@ -30,6 +32,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +43,7 @@ from smtune.depth import backward_end
 from smtune.errors import InputError, did_you_mean
 from smtune.kernels import flatten
 from smtune.sharded import is_sharded
+from smtune.weights import is_transposed, view_OI
 
 DATA_FREE = ("weight", "random")
 """Criteria that need no batches."""
@@ -116,6 +120,10 @@ class _Accumulator:
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
         raise NotImplementedError
 
+    def fold_gradient(self, gradient_OI: Tensor) -> None:
+        """`fold` of a batch whose dYᵀX is there already; it is left as it is."""
+        raise NotImplementedError
+
     def value(self) -> Tensor:
         raise NotImplementedError
 
@@ -146,16 +154,23 @@ class _AbsOfSum(_Accumulator):
         return self.target.grid.out_features, self.target.grid.in_features
 
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
-        if self.total is None:
-            wide = torch.promote_types(x_NI.dtype, torch.float32)
-            dtype = wide if self.dtype == torch.float32 else self.dtype
-            self.total = torch.zeros(self.shape(), dtype=dtype, device=self.device or x_NI.device)
-        total = self.total
+        total = self._total_for(x_NI)
         if total.device == x_NI.device and total.dtype == x_NI.dtype != torch.bfloat16:
             torch.addmm(total, grad_y_NO.T, x_NI, out=total)  # which FLOP counters know, unlike addmm_
             return
         for rows, grad_y in zip(total.split(self.ROWS), grad_y_NO.split(self.ROWS, dim=-1)):
             rows.add_((grad_y.T @ x_NI).to(rows.device))
+
+    def fold_gradient(self, gradient_OI: Tensor) -> None:
+        total = self._total_for(gradient_OI)
+        total.add_(gradient_OI.to(total.device))
+
+    def _total_for(self, term: Tensor) -> Tensor:
+        if self.total is None:
+            wide = torch.promote_types(term.dtype, torch.float32)
+            dtype = wide if self.dtype == torch.float32 else self.dtype
+            self.total = torch.zeros(self.shape(), dtype=dtype, device=self.device or term.device)
+        return self.total
 
     def value(self) -> Tensor:
         dtype = torch.promote_types(self.sum.dtype, torch.float32)
@@ -169,6 +184,10 @@ class _Net(_Accumulator):
         grad_y_NR = grad_y_NO.unflatten(-1, (-1, size)).sum(-1, dtype=dtype)
         x_NC = x_NI.unflatten(-1, (-1, size)).sum(-1, dtype=dtype)
         self._add(grad_y_NR.T @ x_NC)
+
+    def fold_gradient(self, gradient_OI: Tensor) -> None:
+        dtype = torch.promote_types(gradient_OI.dtype, torch.float32)
+        self._add(self._tiles(gradient_OI).sum((-1, -2), dtype=dtype))
 
     def value(self) -> Tensor:
         return self.sum.abs() / self.target.grid.block_size**2
@@ -185,7 +204,12 @@ class _PerBatch(_Accumulator):
             )
         self.last_batch = self.batch
         gradient_OI = grad_y_NO.T @ x_NI
-        gradient_OI = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32))
+        self._fold_(gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32)))
+
+    def fold_gradient(self, gradient_OI: Tensor) -> None:
+        self._fold_(gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32), copy=True))
+
+    def _fold_(self, gradient_OI: Tensor) -> None:
         self._add(self._tiles(self._measure_(gradient_OI)).mean((-1, -2)))
 
     def _measure_(self, gradient_OI: Tensor) -> Tensor:
@@ -331,6 +355,59 @@ def score(
     return Scores(scores, block_size=block_size, criterion=criterion, batches_seen=seen)
 
 
+class GradientScores:
+    """Scores from the gradients of weights that are being trained: `add` after a backward, `scores` at the end.
+
+    As `score` gives them, where a batch is what one `add` sees; the weights may move in between. A weight that several
+    uses share is scored by the sum of its gradients.
+
+    Args:
+        targets, criterion, accumulator_device, accumulator_dtype: as for `score`; a criterion that reads gradients.
+    Raises:
+        InputError: another criterion.
+    Memory: as `score`, without taps.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        *,
+        criterion: str = "abs_of_sum",
+        accumulator_device: torch.device | str | None = None,
+        accumulator_dtype: str = "float32",
+    ) -> None:
+        check_criterion(criterion)
+        check_accumulator_dtype(accumulator_dtype, criterion)
+        if criterion in FORWARD_ONLY:
+            able = ", ".join(name for name in CRITERIA if name not in FORWARD_ONLY)
+            raise InputError(f"Expected a criterion that reads gradients: {able}. Got {criterion!r}.")
+        device, dtype = _device(accumulator_device), ACCUMULATOR_DTYPES[accumulator_dtype]
+        self._accumulators = {n: _ACCUMULATORS[criterion](target, device, dtype) for n, target in targets.items()}
+        self._criterion = criterion
+        self._seen = 0
+
+    def add(self) -> None:
+        """Take in what the targets' weights have for gradients now. Over ranks they must be the same: reduced.
+
+        Raises:
+            InputError: a target without a gradient.
+        """
+        self._seen += 1
+        for name, accumulator in self._accumulators.items():
+            module: Any = accumulator.target.module
+            if module.weight.grad is None:
+                raise InputError(
+                    f"Expected a gradient of every targeted layer. {name} has none: leave it out of target_modules."
+                )
+            accumulator.fold_gradient(view_OI(module.weight.grad, is_transposed(module)))
+
+    def scores(self) -> Scores:
+        """The scores of all that was added, at least once."""
+        scores = {name: _to_host(accumulator.value()) for name, accumulator in self._accumulators.items()}
+        block_size = next(iter(self._accumulators.values())).target.grid.block_size
+        return Scores(scores, block_size=block_size, criterion=self._criterion, batches_seen=self._seen)
+
+
 def _device(name: torch.device | str | None) -> torch.device | None:
     try:
         return None if name is None else torch.empty(0, device=name).device
@@ -355,7 +432,7 @@ def _run(
         for seen, batch in enumerate(batches, start=1):
             for accumulator in accumulators.values():
                 accumulator.batch = seen
-            loss = _loss(model, batch, device, seen)
+            loss = batch_loss(model, batch, device, seen)
             if needs_backward and not loss.requires_grad:
                 raise InputError(
                     "Expected the loss to depend on a targeted layer. Got one that does not: is the forward run "
@@ -390,7 +467,8 @@ def _in_step(batches: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, o
         yield batch
 
 
-def _loss(model: nn.Module, batch: object, device: torch.device, number: int) -> Tensor:
+def batch_loss(model: nn.Module, batch: object, device: torch.device, number: int, remedy: str = "") -> Tensor:
+    """The loss of a batch, which is moved to `device`. Raises InputError where there is no finite one."""
     if not isinstance(batch, Mapping):
         raise InputError(
             f"Expected batches of keyword dicts for the model's forward. Got {type(batch).__name__} at batch {number}."
@@ -407,7 +485,7 @@ def _loss(model: nn.Module, batch: object, device: torch.device, number: int) ->
     if not torch.isfinite(loss):
         raise InputError(
             f"Expected a finite loss. Got {loss.item()} at batch {number}: check that each row has labels that "
-            "are not masked, and the model's dtype."
+            f"are not masked, and the model's dtype{remedy}."
         )
     return loss
 

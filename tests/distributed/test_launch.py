@@ -68,6 +68,29 @@ def test_nproc_trains_as_one_process(folder, alone):
     assert_same_run(folder / "two", alone)
 
 
+@pytest.mark.nightly
+def test_a_dense_warm_up_trains_as_one_process(folder):
+    for output, processes in (("warm-alone", 1), ("warm-two", 2)):
+        values = engines.recipe(folder, output, processes)
+        values["smt"] = {"block_size": 16, "budget": 9, "dense_warmup_steps": 3}
+        (folder / f"{output}.yaml").write_text(yaml.safe_dump(values))
+    train(parse_config(yaml.safe_load((folder / "warm-alone.yaml").read_text())))
+    done = engines.call([*SMTUNE, "train", str(folder / "warm-two.yaml"), "--nproc", "2"], folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("dense warm-up, step 3/3") == 1, done.stderr
+
+    alone, two = folder / "warm-alone", folder / "warm-two"
+    losses = [json.loads((run / "scoring.json").read_text())["dense_warmup"]["losses"] for run in (alone, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    plans = [json.loads((run / "plan.json").read_text()) for run in (alone, two)]
+    assert [m["blocks"] for m in plans[0]["modules"]] == [m["blocks"] for m in plans[1]["modules"]]
+    for part in ("checkpoints/dense-warm-up", "model"):
+        expected, found = (load_file(run / part / "model.safetensors") for run in (alone, two))
+        apart = torch.cat([(found[name] - expected[name]).abs().flatten() for name in expected]).double()
+        assert apart.median() < 1e-6
+        assert (apart > 1e-4).double().mean() < 0.01
+
+
 def test_a_fault_is_told_once(folder):
     recipe = write_recipe(folder, "faulty")
     done = engines.call([*SMTUNE, "train", recipe, "smt.budget=1e-6", "--nproc", "2"], folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from smtune.models import load_model
 from smtune.training import parse_config, read_metrics, train
@@ -64,3 +64,21 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(tmp_path):
     ends = [load_file(tmp_path / f"{name}/adapter/adapter_model.safetensors") for name in ("stopped", "whole")]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.nightly
+def test_a_dense_warm_up_ends_in_a_model_that_transformers_loads(tmp_path):
+    """The embeddings are tied: one tensor, trained once and saved once."""
+    values = configure(tmp_path / "run", "smt", max_steps=1).model_dump(exclude_unset=True)
+    values["smt"] = {"block_size": 64, "dense_warmup_steps": 1, "dense_warmup_learning_rate": 1e-5}
+    result = train(parse_config(values), console=Console(quiet=True))
+    assert result.total_parameters == 134_515_008
+    model = AutoModelForCausalLM.from_pretrained(result.trained, dtype="float32")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    base = load_model("smollm2-135m").state_dict()
+    warmed = load_model(str(tmp_path / "run/checkpoints/dense-warm-up")).state_dict()
+    for name, weight in model.state_dict().items():
+        moved = (warmed[name] != base[name]).float().mean()
+        assert moved > 0.4, name  # tokens that no row has do not move
+        trained = (weight != warmed[name]).sum()
+        assert (trained > 0) <= name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")), name

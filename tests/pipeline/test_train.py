@@ -11,9 +11,8 @@ import sys
 import peft
 import pytest
 import torch
-import yaml
 from rich.console import Console
-from safetensors.torch import load_file
+from runs import STEPS, Stop, StopAt, same, trained_tensors, untimed
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -29,53 +28,6 @@ from smtune.training.folder import COMPLETE, RunFolder
 from smtune.training.model import check_trainable
 
 METHODS = ["smt", "lora", "dora", "full"]
-STEPS = 8
-
-
-@pytest.fixture
-def configure(base, rows, tmp_path):
-    """A function from overrides to a configuration in a fresh folder."""
-
-    def configure(*overrides, method="smt", output="run"):
-        values = {
-            "model": str(base),
-            "output": str(tmp_path / output),
-            "method": method,
-            "data": {"train": str(rows), "max_length": 64},
-            "smt": {"block_size": 16, "budget": 12, "warmup_steps": 3},
-            "lora": {"rank": 2, "dropout": 0.1},
-            "training": {
-                "learning_rate": 1e-2,
-                "max_steps": STEPS,
-                "batch_size": 2,
-                "gradient_accumulation_steps": 2,
-                "logging_steps": 3,
-                "save_steps": 3,
-            },
-        }
-        path = tmp_path / f"{output}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return load_config(path, overrides)
-
-    return configure
-
-
-@pytest.fixture
-def quiet():
-    return Console(quiet=True)
-
-
-class Stop(Exception):
-    """Stands for a kill."""
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Stop
 
 
 class Seen(TrainerCallback):
@@ -92,23 +44,6 @@ class Seen(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.handle.remove()
-
-
-def trained_tensors(result):
-    return {
-        name: tensor
-        for file in sorted(os.listdir(result.trained))
-        if file.endswith(".safetensors")
-        for name, tensor in load_file(os.path.join(result.trained, file)).items()
-    }
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def untimed(path):
-    return [{k: v for k, v in e.items() if k not in ("elapsed", "tokens_per_second")} for e in read_metrics(path)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -67,6 +67,17 @@ def test_a_plan_reads_back_without_what_it_has_decided(tmp_path):
     assert load_config(path).resolved() == config
 
 
+def test_a_dense_warmup_reads_back_without_what_it_takes_the_place_of(tmp_path):
+    config = parse_config(LEAST | {"smt": {"dense_warmup_steps": 3}, "training": {"learning_rate": 3e-5}}).resolved()
+    assert config.smt.dense_warmup_learning_rate == 3e-5
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path).resolved() == config
+    given = {"dense_warmup_steps": 3, "dense_warmup_learning_rate": 1e-6}
+    assert parse_config(LEAST | {"smt": given}).resolved().smt.dense_warmup_learning_rate == 1e-6
+    assert parse_config(LEAST).resolved().smt.dense_warmup_learning_rate is None
+
+
 def test_every_fault_is_told_at_once(tmp_path):
     values = {
         "model": "tiny",
@@ -126,6 +137,7 @@ def test_every_fault_is_told_at_once(tmp_path):
             "gpu",
             "smt.accumulator_device: expected a device such as cpu or cuda:0. Got 'gpu'.",
         ),
+        ("smt.dense_warmup_steps", 0, "smt.dense_warmup_steps: expected at least 1. Got 0."),
         ("smt.block_size", 0, "smt.block_size: expected at least 1 or 'auto'. Got 0."),
         ("smt.target_modules", 3, "smt.target_modules: expected a list or a string. Got 3."),
         ("smt.shares", {"attention": "much"}, "smt.shares: expected a number. Got 'much'."),
@@ -150,6 +162,14 @@ def test_one_fault_is_one_line(tmp_path, key, value, fault):
         ({"training": {"warmup_ratio": 0.1, "warmup_steps": 10}}, "training.warmup_steps"),
         ({"smt": {"shares": {"attention": 0.5}}}, "smt.policy"),
         ({"smt": {"policy": "shares", "shares": {"attention": 0.9, "mlp": 0.2}}}, "smt.policy"),
+        ({"method": "full", "smt": {"dense_warmup_steps": 3}}, "smt.dense_warmup_steps"),
+        ({"smt": {"dense_warmup_steps": 3, "plan": "plan.json"}}, "smt.dense_warmup_steps"),
+        ({"smt": {"dense_warmup_steps": 3, "warmup_steps": 3}}, "smt.warmup_steps"),
+        ({"smt": {"dense_warmup_steps": 3, "score_batch_size": 3}}, "smt.score_batch_size"),
+        ({"smt": {"dense_warmup_steps": 3, "criterion": "activation"}}, "smt.dense_warmup_steps"),
+        ({"smt": {"dense_warmup_steps": 3}, "training": {"deepspeed": {}}}, "smt.dense_warmup_steps"),
+        ({"smt": {"dense_warmup_steps": 3}, "training": {"fsdp": {}}}, "smt.dense_warmup_steps"),
+        ({"smt": {"dense_warmup_learning_rate": 1e-4}}, "smt.dense_warmup_learning_rate"),
     ],
 )
 def test_faults_between_fields(tmp_path, values, key):

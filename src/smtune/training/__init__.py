@@ -11,6 +11,7 @@ from smtune.training.config import LEARNING_RATES, TrainConfig, load_config, par
 from smtune.training.folder import RunFolder, read_metrics
 from smtune.training.result import RunResult
 from smtune.training.run import WorkPlan, dry_run, select_plan, train
+from smtune.training.warmup import dense_warmup
 
 __all__ = [
     "LEARNING_RATES",
@@ -18,6 +19,7 @@ __all__ = [
     "RunResult",
     "TrainConfig",
     "WorkPlan",
+    "dense_warmup",
     "dry_run",
     "load_config",
     "parse_config",

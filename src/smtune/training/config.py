@@ -82,6 +82,9 @@ class SMTSection(_Section):
         score_batch_size: examples in a warm-up batch. None: `training.batch_size`.
         layers: numbers of the decoder layers to choose blocks from. None: all.
         plan: a plan made before. Then nothing is scored, and the fields that only serve scoring must not be given.
+        dense_warmup_steps: steps of full fine-tuning to take first, and keep, as the authors' released code does; their
+            gradients score the blocks, in place of `warmup_steps` batches. The whole model is saved, not an adapter.
+        dense_warmup_learning_rate: of these steps. None: `training.learning_rate`.
         Others: as in `SMTConfig`.
     """
 
@@ -100,6 +103,8 @@ class SMTSection(_Section):
     accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
     mode: Literal["auto", "resident", "additive"] = "auto"
     plan: Text | None = None
+    dense_warmup_steps: Count | None = None
+    dense_warmup_learning_rate: Positive | None = None
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -192,8 +197,8 @@ class TrainConfig(_Section):
         model: an alias, a folder or a hub id; see `smtune.models`.
         output: the run folder; new or empty, unless the run is resumed.
         method: what is trained: blocks ("smt"), "lora", "dora", or every weight ("full").
-        dtype: of the frozen weights. What is trained is fp32 in every method, so with "full" the weights stay fp32
-            and "bfloat16" means that the products are made in it (autocast).
+        dtype: of the frozen weights. What is trained is fp32 in every method, so with "full" and in a dense warm-up
+            the weights stay fp32 and "bfloat16" means that the products are made in it (autocast).
     Raises:
         ValidationError: from the constructor; `load_config` turns it into an InputError.
     """
@@ -218,6 +223,16 @@ class TrainConfig(_Section):
     def _given(self) -> Callable[[str], Any]:
         return _getter(self.model_dump(exclude_unset=True))
 
+    @property
+    def has_dense_warmup(self) -> bool:
+        """Whether every weight is trained before the blocks are chosen."""
+        return self.method == "smt" and self.smt.dense_warmup_steps is not None
+
+    @property
+    def saves_whole_model(self) -> bool:
+        """Whether the result is a model, since no adapter could express what was trained."""
+        return self.method == "full" or self.has_dense_warmup
+
     def resolved(self) -> TrainConfig:
         """With everything decided that was left to a default that depends on other fields."""
         training, smt, lora = self.training, self.smt, self.lora
@@ -228,10 +243,14 @@ class TrainConfig(_Section):
             update["epochs"] = 3.0
         if training.warmup_ratio is None and training.warmup_steps is None:
             update["warmup_ratio"] = 0.03
+        training = training.model_copy(update=update)
+        of_smt: dict[str, Any] = {"score_batch_size": smt.score_batch_size or training.batch_size}
+        if self.has_dense_warmup:
+            of_smt = {"dense_warmup_learning_rate": smt.dense_warmup_learning_rate or training.learning_rate}
         return self.model_copy(
             update={
-                "training": training.model_copy(update=update),
-                "smt": smt.model_copy(update={"score_batch_size": smt.score_batch_size or training.batch_size}),
+                "training": training,
+                "smt": smt.model_copy(update=of_smt),
                 "lora": lora.model_copy(update={"alpha": lora.alpha or 2.0 * lora.rank}),
             }
         )
@@ -243,6 +262,8 @@ class TrainConfig(_Section):
         values = self.model_dump(exclude=unused, exclude_none=True)
         if self.smt.plan is not None:
             values["smt"] = {key: values["smt"][key] for key in ("mode", "plan")}
+        elif self.has_dense_warmup:
+            values["smt"] = {key: value for key, value in values["smt"].items() if key not in _WITHOUT_DENSE_WARMUP}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -264,6 +285,8 @@ _SCORING_ONLY = (
     "accumulator_dtype",
 )
 
+_WITHOUT_DENSE_WARMUP = ("warmup_steps", "score_batch_size")
+
 
 def _faults_between_fields(given: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """(key, fault) pairs. `given` maps a dotted key to the value given, or None; values may be faulty themselves."""
@@ -277,6 +300,10 @@ def _faults_between_fields(given: Callable[[str], Any]) -> Iterator[tuple[str, s
         yield "training.fsdp", "expected without training.deepspeed. Got both: leave one out."
     if given("training.warmup_ratio") is not None and given("training.warmup_steps") is not None:
         yield "training.warmup_steps", "expected without training.warmup_ratio. Got both: leave one out."
+    if given("smt.dense_warmup_steps") is not None:
+        yield from _faults_of_dense_warmup(given, method)
+    elif given("smt.dense_warmup_learning_rate") is not None:
+        yield "smt.dense_warmup_learning_rate", "expected with smt.dense_warmup_steps only. Got it alone: leave it out."
     if given("smt.plan") is not None:
         for key in _SCORING_ONLY:
             if given(f"smt.{key}") is not None:
@@ -293,6 +320,22 @@ def _faults_between_fields(given: Callable[[str], Any]) -> Iterator[tuple[str, s
                 check_accumulator_dtype("bfloat16", given("smt.criterion"))
             except InputError as error:
                 yield "smt.accumulator_dtype", _lower_first(str(error))
+
+
+def _faults_of_dense_warmup(given: Callable[[str], Any], method: Any) -> Iterator[tuple[str, str]]:
+    key = "smt.dense_warmup_steps"
+    if method in get_args(Method) and method != "smt":
+        yield key, f"expected with the method smt only. Got it with {method}: leave it out."
+    if given("smt.plan") is not None:
+        yield key, "expected without smt.plan, which was made for other weights. Got both: leave one out."
+    for other in _WITHOUT_DENSE_WARMUP:
+        if given(f"smt.{other}") is not None:
+            yield f"smt.{other}", f"expected without {key}: its steps are what scores. Got both: leave one out."
+    for engine in ("training.deepspeed", "training.fsdp"):
+        if given(engine) is not None:
+            yield key, f"expected without {engine}: each process trains a whole model. Got both: leave one out."
+    if given("smt.criterion") == "activation":
+        yield key, "expected a criterion that reads gradients, weight or random. Got activation: choose another."
 
 
 def _are_numbers(shares: Any) -> bool:

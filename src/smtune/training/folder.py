@@ -2,8 +2,11 @@
 
     config.yaml       the resolved configuration      metrics.jsonl   a line per log event
     environment.json  versions, commit, seed          checkpoints/    to resume from; a COMPLETE marker in each
-    data.json         what became of the examples     adapter/        what was trained; model/ for "full"
-    plan.json         the selected blocks             result.json     the final numbers; the run is finished
+    data.json         what became of the examples     adapter/        what was trained; or model/, the whole model
+    scoring.json      what making the plan took       result.json     the final numbers; the run is finished
+    plan.json         the selected blocks
+
+After a dense warm-up, checkpoints/dense-warm-up is the model that it left, which the later checkpoints go with.
 
 Imports `smtune.training.config` and `smtune.errors`.
 """
@@ -41,11 +44,16 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.warmed = self.checkpoints / "dense-warm-up"
         self.result = self.path / "result.json"
 
-    def trained(self, method: str) -> Path:
-        """Where the method's result stands: the whole model for "full", else an adapter."""
-        return self.path / ("model" if method == "full" else "adapter")
+    def trained(self, config: TrainConfig) -> Path:
+        """Where the result stands: an adapter or a whole model."""
+        return self.path / ("model" if config.saves_whole_model else "adapter")
+
+    def has_plan(self, config: TrainConfig) -> bool:
+        """Whether the blocks are chosen, and the model that they were chosen for can be had."""
+        return self.plan.is_file() and (not config.has_dense_warmup or self.warmed.is_dir())
 
     @property
     def is_begun(self) -> bool:

@@ -1,12 +1,14 @@
 """The model of a run: loaded as its method needs it, its blocks chosen, and wrapped so that it can be trained.
 
-Imports peft, `smtune.data`, `smtune.models`, the core and the tuner, and of this package `config` alone.
+Imports peft, `smtune.data`, `smtune.models`, the core and the tuner, and of this package `config` and `warmup`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -19,15 +21,21 @@ import smtune
 from smtune.data import Collator, batches
 from smtune.depth import backward_costs
 from smtune.errors import InputError
-from smtune.models import load_model, portable_name, wrapping
+from smtune.models import checkpoint_quantisation, load_model, portable_name, wrapping
 from smtune.scoring import Scores
 from smtune.training.config import TrainConfig
+from smtune.training.warmup import dense_warmup
 from smtune.tuner.targets import count_parameters, find_targets
 
 
-def load_base(config: TrainConfig) -> nn.Module:
-    """The model to start from. With "full" its weights are trained, so they are fp32 whatever the dtype."""
-    model = load_model(config.model, "float32" if config.method == "full" else config.dtype)
+def load_base(config: TrainConfig, warmed: Path | None = None) -> nn.Module:
+    """The model to start from. Weights that are all trained are fp32 whatever the dtype.
+
+    Args:
+        warmed: what a dense warm-up left, to go on with.
+    """
+    all_trained = config.saves_whole_model and warmed is None
+    model = load_model(str(warmed or config.model), "float32" if all_trained else config.dtype)
     if isinstance(model, peft.PeftModel):
         raise InputError(
             f"Expected a model without an adapter. {config.model!r} has one: merge it first, and train the result."
@@ -94,6 +102,37 @@ def score(model: nn.Module, dataset: Dataset, collator: Collator, config: TrainC
     return dataclasses.replace(plan, model_name=portable_name(config.model))
 
 
+def warm_up(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    config: TrainConfig,
+    on_step: Callable[[int, float], object],
+) -> tuple[smtune.Plan, list[float]]:
+    """The dense warm-up: steps of as many rows as in training, in the order of scoring, again and again."""
+    smt, training, state = config.smt, config.training, PartialState()
+    assert smt.dense_warmup_steps is not None
+    assert smt.dense_warmup_learning_rate is not None
+    passes = (batches(dataset, collator, training.batch_size, seed=training.seed + k) for k in itertools.count())
+    share = itertools.islice(itertools.chain.from_iterable(passes), state.process_index, None, state.num_processes)
+    if training.gradient_checkpointing:
+        checkpoint_activations(model)
+    plan, losses = dense_warmup(
+        model,
+        share,
+        smt_config(config),
+        steps=smt.dense_warmup_steps,
+        learning_rate=smt.dense_warmup_learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        on_step=on_step,
+    )
+    checkpoint_activations(model, False)
+    return dataclasses.replace(plan, model_name=portable_name(config.model)), losses
+
+
 def wrap(model: nn.Module, config: TrainConfig, plan: smtune.Plan | None) -> nn.Module:
     """Make a base model trainable by the method: a PeftModel, or with "full" the model itself.
 
@@ -134,6 +173,16 @@ def check_trainable(model: nn.Module) -> None:
     if wrong:
         raise InputError(
             f"Expected every trained parameter in float32. Got {len(wrong)} that are not, such as {wrong[0]}."
+        )
+
+
+def check_dense(config: TrainConfig) -> None:
+    """Raises InputError for a dense warm-up of a checkpoint whose weights cannot be trained, before it is loaded."""
+    quantised_by = checkpoint_quantisation(config.model) if config.has_dense_warmup else None
+    if quantised_by is not None:
+        raise InputError(
+            f"smt.dense_warmup_steps: expected a model whose weights can all be trained. {config.model!r} is quantised "
+            f"({quantised_by}): choose another model, or leave the dense warm-up out."
         )
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 import smtune
 from smtune.files import write_text
-from smtune.models import ALIASES, portable_name, resolve
+from smtune.models import ALIASES, portable_name, quiet, resolve
 from smtune.sharded import trained_state_dict
 from smtune.training.config import TrainConfig
 from smtune.training.folder import RunFolder, read_metrics, write_folder
@@ -34,9 +34,11 @@ class RunResult:
     Attributes:
         folder: the run folder. trained: the adapter or model in it.
         loss: mean over the last log event; train_loss: mean over all steps.
-        seconds: of training; scoring_seconds: of making the plan, 0.0 where none was made.
-        tokens: trained on, without padding.
+        seconds: of training; scoring_seconds: of making the plan, a dense warm-up included; 0.0 where none was made.
+        tokens: trained on, without padding; those of a dense warm-up not counted.
         peak_memory: bytes; of the device's memory on a GPU, else of the process. Of the last part of a resumed run.
+        dense_warmup_steps: steps of full fine-tuning that came before. If any, `trained` differs from the base in every
+            weight, of which `trainable_parameters` were trained in `steps`.
     """
 
     folder: str
@@ -52,6 +54,7 @@ class RunResult:
     trainable_parameters: int
     total_parameters: int
     peak_memory: int
+    dense_warmup_steps: int = 0
 
     @property
     def trainable_fraction(self) -> float:
@@ -61,6 +64,10 @@ class RunResult:
 def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, folder: RunFolder) -> None:
     """Write what was trained, with the tokenizer, as a folder that PEFT or transformers loads anywhere."""
     model: Any = trainer.model
+    if config.has_dense_warmup:
+        if PartialState().is_main_process:
+            write_folder(folder.trained(config), lambda path: _fill_with_merged(path, trainer, tokenizer, config))
+        return
     state = trained_state_dict(model) if isinstance(model, peft.PeftModel) else None  # gathers from every process
     fsdp: Any = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if state is None and fsdp is not None:
@@ -83,9 +90,36 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConf
                 write_card(path, saved, f"smtune.models.load_model({anywhere!r})")
 
     if PartialState().is_main_process:
-        write_folder(folder.trained(config.method), fill)
+        write_folder(folder.trained(config), fill)
     elif state is None:
         trainer.save_model(str(folder.path / ".nothing"))  # takes part in the gathering, writes nothing
+
+
+def save_model(model: Any, path: Path) -> None:
+    """Write a transformers model, as transformers loads it."""
+    with quiet():
+        model.save_pretrained(str(path))
+
+
+def _fill_with_merged(path: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    """Write the whole model, the blocks in its weights; the trainer's model is unwrapped by it."""
+    model: Any = trainer.model
+    n_blocks = model.peft_config["default"].get_plan().n_blocks
+    save_model(model.merge_and_unload(), path)
+    tokenizer.save_pretrained(path)
+    base, smt, training = portable_name(config.model), config.smt, config.training
+    rows = rows_per_step(config, PartialState().num_processes)
+    write_text(
+        path / "README.md",
+        f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [smt, smtune]\n---\n"
+        f"\n# {base} after a dense warm-up and Sparse Matrix Tuning\n\n"
+        f"Trained with smtune {smtune.__version__}, in steps of {rows} rows: "
+        f"{smt.dense_warmup_steps} of full fine-tuning, learning rate {smt.dense_warmup_learning_rate:g}, then "
+        f"{trainer.state.global_step} on {n_blocks:,} blocks, learning rate {training.learning_rate:g}. Prompts of "
+        "instruction records are Alpaca's.\n\n"
+        "The first steps moved every weight, so this is a whole model and no adapter of the base's. It loads with "
+        "transformers alone.\n",
+    )
 
 
 def _model_card(config: TrainConfig, steps: int) -> str:
@@ -121,7 +155,7 @@ def final_result(
     tokens = trainer.state.num_input_tokens_seen
     return RunResult(
         folder=str(folder.path),
-        trained=str(folder.trained(config.method)),
+        trained=str(folder.trained(config)),
         method=config.method,
         steps=trainer.state.global_step,
         loss=events[-1]["loss"],
@@ -133,13 +167,14 @@ def final_result(
         trainable_parameters=trainable_parameters,
         total_parameters=total_parameters,
         peak_memory=_peak_memory(trainer.args.device),
+        dense_warmup_steps=config.smt.dense_warmup_steps or 0,
     )
 
 
-def read_result(folder: RunFolder) -> RunResult:
+def read_result(folder: RunFolder, config: TrainConfig) -> RunResult:
     """Those of a finished run."""
     values = json.loads(folder.result.read_text(encoding="utf-8"))
-    return RunResult(folder=str(folder.path), trained=str(folder.trained(values["method"])), **values)
+    return RunResult(folder=str(folder.path), trained=str(folder.trained(config)), **values)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,18 @@ from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
-from smtune.training.folder import RunFolder
+from smtune.training.folder import RunFolder, write_folder
 from smtune.training.model import (
+    check_dense,
     check_trainable,
     checkpoint_activations,
     expected_plan,
     load_base,
     score,
+    warm_up,
     wrap,
 )
-from smtune.training.result import RunResult, final_result, read_result, save
+from smtune.training.result import RunResult, final_result, read_result, save, save_model
 from smtune.training.trainer import (
     RecipeTrainer,
     check_engine,
@@ -67,6 +70,7 @@ class WorkPlan:
         rows, tokens: of one epoch; an example is a row. data: what became of the examples, in words.
         steps: optimizer steps; rows_per_step over all devices.
         checkpoints: written on the way. writes: paths that will be written, in order.
+        dense_warmup_learning_rate: where the scoring batches are steps of full fine-tuning, which are kept.
     """
 
     model: str
@@ -86,16 +90,23 @@ class WorkPlan:
     checkpoints: int
     output: str
     writes: tuple[str, ...]
+    dense_warmup_learning_rate: float | None = None
 
     def __rich__(self) -> Table:
         share = self.trainable_parameters / self.total_parameters
+        scoring = f"{self.scoring_batches} batches" if self.scoring_batches else "none"
+        if self.dense_warmup_learning_rate is not None:
+            scoring = (
+                f"a dense warm-up: {self.scoring_batches:,} steps of {self.rows_per_step} rows train every weight, "
+                f"learning rate {self.dense_warmup_learning_rate:g}; so the whole model is saved"
+            )
         table = Table(show_header=False, box=None)
         for label, text in (
             ("model", f"{self.model}, {self.total_parameters:,} parameters, {self.dtype}"),
             ("method", f"{self.method}, learning rate {self.learning_rate:g}"),
             ("trainable", f"{self.trainable_parameters:,} parameters, a share of {share:.4g}{self.blocks}"),
             ("data", self.data),
-            ("scoring", f"{self.scoring_batches} batches" if self.scoring_batches else "none"),
+            ("scoring", scoring),
             ("training", f"{self.steps:,} steps of {self.rows_per_step} rows, {self.epochs:.3g} epochs"),
             ("checkpoints", f"{self.checkpoints}"),
             ("output", self.output),
@@ -133,8 +144,9 @@ def train(
     folder.check_start(config, resume)
     if folder.is_finished:
         _say(console, f"{folder.path} is finished already; nothing to do.")
-        return read_result(folder)
+        return read_result(folder, config)
 
+    check_dense(config)
     arguments = training_arguments(config, folder)
     is_main = PartialState().is_main_process
     tokenizer = load_tokenizer(config.model)
@@ -142,12 +154,12 @@ def train(
     _check_same_data(folder, data_record)
     collator = _collator(tokenizer)
     _say(console, f"Data: {summary}")
-    must_score = config.method == "smt" and config.smt.plan is None and not _from_main(folder.plan.is_file())
+    must_score = config.method == "smt" and config.smt.plan is None and not _from_main(folder.has_plan(config))
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
     else:
         with whole_weights(arguments) if must_score else nullcontext():
-            model = load_base(config)
+            model = load_base(config, folder.warmed if config.has_dense_warmup and not must_score else None)
     if must_score:
         model = model.to(arguments.device)  # else the engine, or Trainer, places it
     total_parameters = count_parameters(model)
@@ -165,6 +177,9 @@ def train(
 
     if config.method == "smt":
         plan = _make_plan(model, dataset, collator, config, folder, console)
+        if config.has_dense_warmup and must_score:
+            del model
+            model = load_base(config, folder.warmed)  # as a resumed run has it
         model = wrap(model, config, plan)
     check_trainable(model)
     if config.training.gradient_checkpointing:
@@ -207,9 +222,13 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     """The plan that `train` would make of a configuration with the method smt, and nothing else. Writes nothing.
 
     Raises:
-        InputError: another method, a plan given already, or as `train`.
+        InputError: another method, a plan given already, a dense warm-up, or as `train`.
     """
     config = config.resolved()
+    if config.has_dense_warmup:
+        raise InputError(
+            "Expected no smt.dense_warmup_steps: the plan would be for weights that are not kept. Leave it out."
+        )
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
     tokenizer = load_tokenizer(config.model)
@@ -236,6 +255,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     check_trackers(config)
     check_engine(config, processes)
     folder.check_start(config, resume)
+    check_dense(config)
     tokenizer = load_tokenizer(config.model)
     dataset, _, summary = _load_data(config, tokenizer)
     model = skeleton(config.model)
@@ -245,15 +265,17 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         plan = expected_plan(model, config)
         trainable = plan.n_params
         blocks = f": {plan.n_blocks:,} blocks of {plan.block_size}² out of {len(plan.modules)} matrices"
-        if config.smt.plan is None and config.smt.criterion not in DATA_FREE:
+        if config.has_dense_warmup:
+            n_scoring = config.smt.dense_warmup_steps or 0
+        elif config.smt.plan is None and config.smt.criterion not in DATA_FREE:
             n_scoring = min(config.smt.warmup_steps, math.ceil(len(dataset) / (config.smt.score_batch_size or 1)))
     else:
         model = wrap(model, config, None)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     per_epoch, steps = count_steps(config, len(dataset), processes)
     writes = ["config.yaml", "environment.json", "data.json"]
-    writes += ["scoring.json"] * bool(n_scoring) + ["plan.json"] * (config.method == "smt")
-    writes += ["metrics.jsonl", "checkpoints/", f"{folder.trained(config.method).name}/", "result.json"]
+    writes += ["scoring.json", "plan.json"] * (config.method == "smt")
+    writes += ["metrics.jsonl", "checkpoints/", f"{folder.trained(config).name}/", "result.json"]
     return WorkPlan(
         model=portable_name(config.model),
         method=config.method,
@@ -272,6 +294,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         checkpoints=(steps - 1) // config.training.save_steps,
         output=str(folder.path),
         writes=tuple(writes),
+        dense_warmup_learning_rate=config.smt.dense_warmup_learning_rate,
     )
 
 
@@ -338,22 +361,45 @@ def _make_plan(
     folder: RunFolder,
     console: Console,
 ) -> smtune.Plan:
-    """The plan of the run: that in the folder, that given, or a new one by scoring."""
-    if _from_main(folder.plan.is_file()):
+    """The plan of the run: that in the folder, that given, or a new one by scoring.
+
+    A dense warm-up trains the model, and the result stands in the folder too.
+    """
+    if _from_main(folder.has_plan(config)):
         return smtune.Plan.load(folder.plan)
     started = time.perf_counter()
+    record: dict[str, Any] = {}
     if config.smt.plan is not None:
         plan = smtune.Plan.load(config.smt.plan)
+    elif config.has_dense_warmup:
+        plan, losses = warm_up(model, dataset, collator, config, partial(_say_step, console, config))
+        record = {
+            "dense_warmup": {
+                "learning_rate": config.smt.dense_warmup_learning_rate,
+                "steps": len(losses),
+                "losses": losses,
+            }
+        }
     else:
         plan = score(model, dataset, collator, config, console.is_terminal)
     seconds = time.perf_counter() - started if config.smt.plan is None else 0.0
     if PartialState().is_main_process:
+        if config.has_dense_warmup:
+            folder.plan.unlink(missing_ok=True)
+            write_folder(folder.warmed, partial(save_model, model))
         # The plan last: where it stands, scoring is done.
-        write_json(folder.scoring, {"seconds": seconds, "batches": plan.batches_seen})
+        write_json(folder.scoring, {"seconds": seconds, "batches": plan.batches_seen, **record})
         plan.save(folder.plan)
     _say(console, f"Plan: {plan.n_blocks:,} blocks of {plan.block_size}², scored in {seconds:.1f} s")
     PartialState().wait_for_everyone()
     return plan
+
+
+def _say_step(console: Console, config: TrainConfig, step: int, loss: float) -> None:
+    """Of a dense warm-up, as often as of training."""
+    last = config.smt.dense_warmup_steps
+    if step % config.training.logging_steps == 0 or step == last:
+        _say(console, f"dense warm-up, step {step}/{last}  loss {loss:.4f}")
 
 
 # Folder and processes -------------------------------------------------------------------------------------------------

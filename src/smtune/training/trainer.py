@@ -42,6 +42,11 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
             "training.fsdp: expected several processes to shard the model over. Got one: start them with --nproc, "
             "torchrun or accelerate launch, or leave it out."
         )
+    if config.has_dense_warmup and (_uses_deepspeed(config) or _uses_fsdp()):
+        raise InputError(
+            "smt.dense_warmup_steps: expected one process, or several with a whole model each (DDP). Got a launcher "
+            "that asks for DeepSpeed or FSDP: use --nproc or torchrun, or leave the dense warm-up out."
+        )
 
 
 def _read_engine_file(path: str) -> dict[str, Any]:
@@ -59,6 +64,11 @@ def _uses_deepspeed(config: TrainConfig) -> bool:
     return config.training.deepspeed is not None or by_launcher
 
 
+def _uses_fsdp() -> bool:
+    """Whether the launcher asks for it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def _start_deepspeed_on_cpus() -> None:
     """Start the process group: Accelerate knows no backend for DeepSpeed's processes where there is no accelerator."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -70,8 +80,7 @@ def _start_deepspeed_on_cpus() -> None:
 def loads_on_first(config: TrainConfig) -> bool:
     """Whether only the first process is to read the weights; Accelerate then gives the others their parts of them."""
     by_launcher = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    asked = (config.training.fsdp or {}).get("cpu_ram_efficient_loading", uses_fsdp and by_launcher)
+    asked = (config.training.fsdp or {}).get("cpu_ram_efficient_loading", _uses_fsdp() and by_launcher)
     return config.method != "full" and str(asked).lower() == "true"
 
 

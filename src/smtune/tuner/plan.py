@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smtune.depth import backward_costs
 from smtune.errors import InputError
-from smtune.scoring import FORWARD_ONLY, Scores, score
+from smtune.scoring import FORWARD_ONLY, Scores, Target, score
 from smtune.selection import ModulePlan, Plan, backward_cost, select, total_score
 from smtune.tuner.quantised import check_backward
 from smtune.tuner.targets import count_parameters, find_targets, model_name
@@ -87,6 +87,11 @@ def score_blocks(
             seed=config.seed,
             on_batch=on_batch,
         )
+    return with_model(scores, model, targets)
+
+
+def with_model(scores: Scores, model: nn.Module, targets: Mapping[str, Target]) -> Scores:
+    """The scores, with what `select_blocks` needs of the model set in them."""
     scores.model_name = model_name(model)
     scores.backward_costs = backward_costs(model, targets)
     scores.kinds = {name: target.kinds for name, target in targets.items()}
