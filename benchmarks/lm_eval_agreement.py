@@ -44,7 +44,6 @@ def main() -> None:
     found: dict[str, Any] = {
         "model": identity(MODEL),
         "dtype": DTYPE,
-        "near_tie": harness.NEAR_TIE,
         "tasks": written.get("tasks", {}),
     }
     for name, asked in items.items():
@@ -57,6 +56,7 @@ def main() -> None:
             "command": f"python benchmarks/lm_eval_agreement.py TEST_FOLDER --tasks {name} --limit {arguments.limit}",
             "date": datetime.now(timezone.utc).date().isoformat(),
             "versions": {package: metadata.version(package) for package in PACKAGES},
+            "near_tie": harness.NEAR_TIE,
             "items_sha256": hashlib.sha256(" ".join(item.key for item in asked).encode()).hexdigest(),
             **compared,
         }

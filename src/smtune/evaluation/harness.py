@@ -32,8 +32,9 @@ from smtune.evaluation.results import ItemResult, likeliest
 from smtune.evaluation.tasks import TASKS, Choice, Item, choices
 from smtune.files import write_text
 
-NEAR_TIE = 1e-4
-"""Options whose scores (nats, or nats per character) differ by less may change places by rounding in fp32."""
+NEAR_TIE = 1e-3
+"""Options whose log-probabilities differ by fewer nats may change places by rounding in fp32; per character, divided by
+the characters of the shortest option."""
 
 PREFIX = "smtune_"
 """Of the names of our tasks in the harness, which has tasks of the same sets with other prompts."""
@@ -190,8 +191,9 @@ def agreement(ours: Sequence[ItemResult], theirs: Sequence[Mapping[str, Any]]) -
         compared = [_compare(result, sample, metric) for result, sample in zip(ours, theirs)]
         found["accuracy"][metric] = [fmean(one["right"][k] for one in compared) for k in (0, 1)]
         found["agree"][metric] = sum(_agrees(one) for one in compared)
-        found["near_ties"] += [one for one in compared if one["margin"] < NEAR_TIE]
-        found["differ"] += [one for one in compared if one["margin"] >= NEAR_TIE and not _agrees(one)]
+        near = [one["margin"] < one["tolerance"] for one in compared]
+        found["near_ties"] += [one for one, is_near in zip(compared, near) if is_near]
+        found["differ"] += [one for one, is_near in zip(compared, near) if not is_near and not _agrees(one)]
     found["largest_difference"] = max(
         abs(value - _log_probs(sample)[label])
         for result, sample in zip(ours, theirs)
@@ -210,6 +212,7 @@ def _compare(result: ItemResult, sample: Mapping[str, Any], metric: str) -> Reco
         "index": result.index,
         "metric": metric,
         "margin": scores[-1] - scores[-2],
+        "tolerance": NEAR_TIE / min(characters.values()) if per_character else NEAR_TIE,
         "chosen": chosen,
         "right": [is_correct(TASKS[result.task], chosen[0], result.answer), bool(sample[metric])],
     }
