@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from smtune.reproduce.run import Request
 
 PRETRAIN = "pretrain-mini"
+EVIDENCE = "evidence"
+RESULTS = Path("reproduction")
 REQUEST = "request.json"
 TRIAL = "trial"
 """Where the pages of a trial go, beside those of results."""
@@ -26,8 +28,8 @@ def reproduce(
     experiments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[table1|…|table6|figure3|figure4|figure5|memory|study]...",
-            help="What to run; all by default. pretrain-mini makes the model of the tier mini.",
+            metavar="[table1|…|table6|figure3|figure4|figure5|memory|study|evidence]...",
+            help="What to run; all by default. pretrain-mini makes the model of the tier mini, evidence the answer.",
         ),
     ] = None,
     scale: Annotated[str, typer.Option(help="embedded, or paper: the paper's models and data.")] = "embedded",
@@ -48,7 +50,12 @@ def reproduce(
     data: Annotated[
         Path | None, typer.Option(help="A folder of data: LLM-Adapters' repository, or its files by task.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of results. Default: reproduction/<tier>.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of results. Default: reproduction/<tier>; of evidence reproduction.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Of evidence: the page to write. Default: evidence.md in --output.")
+    ] = None,
     cells: Annotated[int | None, typer.Option(min=1, help="A trial: at most so many cells of each.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="A trial: so many training steps.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="A trial: so many items of each test.")] = None,
@@ -62,13 +69,18 @@ def reproduce(
     if experiments == [PRETRAIN]:
         _pretrain(steps, threads, say)
         return
+    if page is not None and experiments != [EVIDENCE]:
+        raise InputError(f"Expected --page with the experiment {EVIDENCE} alone. Got it with others: leave it out.")
+    if experiments == [EVIDENCE]:
+        _evidence(output or RESULTS, page, say)
+        return
     from smtune.reproduce.declared import expand, experiment_names, load_experiment
 
     names = expand(experiments or experiment_names())
     for name in names:
         load_experiment(name)
     chosen = _tier(scale, tier)
-    output = output or Path("reproduction") / chosen
+    output = output or RESULTS / chosen
     request = _request(names, chosen, data, steps, items, seeds, cells)
     if resume:
         names, request = _resumed(output, bool(experiments), names, request)
@@ -139,6 +151,15 @@ def _pretrain(steps: int | None, threads: int | None, say: Any) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     mini.pretrain(steps or mini.STEPS, say)
+
+
+def _evidence(output: Path, page: Path | None, say: Any) -> None:
+    from smtune.reproduce.evidence import write_evidence
+
+    if page is not None and page.is_dir():
+        raise InputError(f"Expected --page to be a file. {page} is a folder: name a .md file in it.")
+    written = write_evidence(output, page or output / "evidence.md")
+    say("wrote " + ", ".join(map(str, written)))
 
 
 def _list(names: list[str], request: Request, output: Path) -> None:

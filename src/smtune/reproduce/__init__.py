@@ -7,6 +7,7 @@
     train, work          one cell                       memory     a step counted without weights
     store, run           results by content; the sweep  layouts    pages, tables, figures
     mini                 the tier's own base model      dry        what a request would take
+    evidence             the answer: when SMT wins, which claims hold, from stored cells
 
 docs/reproduce.md has the commands, ADR 0011 the reasons. Only the command line imports it.
 """

@@ -68,13 +68,18 @@ class Setting:
         shared = {"tier": self.tier, "model": model, "dtype": tier.dtype, "block_size": tier.block_size}
         return {**shared, "family": family, "recipe": self.recipe}
 
-    def base(self, model: str, family: str) -> Record:
-        """What the cells of a model and a family share. Reads the data."""
-        named = {"data": load_data(self, family).identity, "weights": weights(self, model)}
+    @property
+    def evaluation(self) -> Record:
+        """How answers are got; how many items there are is in the data's hash."""
         evaluation = self.declared.evaluation.model_dump(exclude={"items"})
         if evaluation["beams"] == 1:  # as in cells from before there were beams
             del evaluation["beams"]
-        return {**self.shape(model, family), **named, "evaluation": evaluation}
+        return evaluation
+
+    def base(self, model: str, family: str) -> Record:
+        """What the cells of a model and a family share. Reads the data."""
+        named = {"data": load_data(self, family).identity, "weights": weights(self, model)}
+        return {**self.shape(model, family), **named, "evaluation": self.evaluation}
 
 
 @dataclass(frozen=True)

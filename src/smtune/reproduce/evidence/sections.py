@@ -1,0 +1,269 @@
+"""The sections of the page that hold SMT against others: the control, what can be told, who wins, the claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from smtune.evaluation.statistics import TIE, Z_80, Z_95, Estimate
+from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.reproduce.evidence import words
+from smtune.reproduce.evidence.claims import Claim
+from smtune.reproduce.evidence.contrasts import Contrast, accuracy
+from smtune.reproduce.evidence.control import GAIN, SOLVED
+from smtune.reproduce.evidence.judges import DOES_NOT, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Evidence
+from smtune.reproduce.evidence.records import Found
+from smtune.reproduce.evidence.tasks import Task, adjusted, not_run
+from smtune.reproduce.evidence.words import DASH, Links
+from smtune.reproduce.layouts import accuracies, trained_share
+
+SIGNIFICANT = 0.05
+OF_SMT = {"better": "wins", "worse": "loses", "tie": "ties", "undecided": "undecided"}
+WINS = "#wins-ties-and-losses"
+
+
+def in_short(tasks: Sequence[Task], links: Links) -> str:
+    """For each task, against whom SMT wins, loses and ties."""
+    lines = [f"- **{task.name}.** {_in_short(task, links)}" for task in tasks]
+    return section("## In short", "\n".join(lines))
+
+
+def _in_short(task: Task, links: Links) -> str:
+    if task.control.fault:
+        cells = links.cells(task.results, _control_records(task))
+        return f"Nothing may be concluded: {task.control.fault} ({cells})."
+    if task.smt is None:
+        return "SMT at 0.84 % has not been run."
+    by_verdict: dict[str, list[str]] = {}
+    for one, p in zip(task.contrasts, adjusted(task.contrasts)):
+        after = ", not after Holm" * (one.verdict in ("better", "worse") and p >= SIGNIFICANT)
+        by_verdict.setdefault(one.verdict, []).append(f"{one.second.label}: {words.points(one.difference)}{after}")
+    texts = [
+        f"  - *{word}*: {words.listed(by_verdict[verdict])}"
+        for verdict, word in OF_SMT.items()
+        if verdict in by_verdict
+    ]
+    if not texts:
+        return f"SMT at 0.84 % has nothing beside it yet ({links.cells(task.results, task.smt.records)})."
+    cells = links.cells(task.results, task.smt.records)
+    lead = f"SMT at 0.84 % ({cells}), points less the other, whose cells are in the [table]({WINS}):"
+    missing = not_run(task.rivals)
+    return "\n".join([lead, *texts, *[f"  - not run: {words.listed(missing)}"] * bool(missing)])
+
+
+# The control ----------------------------------------------------------------------------------------------------------
+
+
+def control_section(tasks: Sequence[Task], links: Links) -> str:
+    """Full fine-tuning against the untuned model, for each task."""
+    text = f"""Full fine-tuning must gain {100 * GAIN:.0f} points or more over the untuned model, and must leave the
+    task unsolved, below {100 * SOLVED:.0f} %: else arms cannot differ by much, and nothing may be concluded from their
+    differences."""
+    heads = (
+        "task",
+        "untuned, %",
+        "full, %",
+        "gain, points (95 %)",
+        "≥ 10",
+        "unsolved",
+        "control",
+        "full's rate",
+        "cells",
+    )
+    rows = []
+    for task in tasks:
+        control = task.control
+        gain = control.gain
+        row = [task.name, _accuracy(control.untuned), _accuracy(control.full)]
+        if gain is None:
+            rows.append([*row, DASH, DASH, DASH, "**missing**", _rate(control.full), _control_cells(task, links)])
+            continue
+        enough, unsolved = gain.difference.value >= GAIN, accuracy(control.full) < SOLVED
+        sure = "yes" if gain.difference.low >= GAIN else "yes, but not all of the interval" if enough else "**no**"
+        row += [words.points(gain.difference), sure, "yes" if unsolved else "**no**"]
+        row += ["passed" if control.has_passed else "**failed**", _rate(control.full), _control_cells(task, links)]
+        rows.append(row)
+    faults = [
+        f"**Nothing below may be concluded for {task.name}: {task.control.fault}.** {_control_cells(task, links)}"
+        for task in tasks
+        if task.control.fault
+    ]
+    return section("## The positive control", prose(text), table(heads, rows), *faults)
+
+
+def _control_records(task: Task) -> list[dict]:
+    return [*task.control.untuned.records, *task.control.full.records]
+
+
+def _control_cells(task: Task, links: Links) -> str:
+    return links.cells(task.results, _control_records(task))
+
+
+def _accuracy(found: Found) -> str:
+    if not found.records:
+        return "not run"
+    by_test = accuracies(found.records)
+    if len(by_test) > 1:
+        return f"{100 * accuracy(found):.1f}"
+    (only,) = by_test.values()
+    return f"{100 * only.value:.1f} ({100 * only.low:.1f} to {100 * only.high:.1f})"
+
+
+def _rate(found: Found) -> str:
+    """The learning rate, and what is to be said of it and of the seeds."""
+    if not found.records:
+        return DASH
+    if found.arm.row.method == "base":
+        return found.lacks or DASH
+    notes = [found.lacks, f"the {found.edge} tried: not bracketed" if found.edge else ""]
+    return "; ".join([f"{found.rate:g}", *(note for note in notes if note)])
+
+
+# What can be told -----------------------------------------------------------------------------------------------------
+
+
+def design_section(tasks: Sequence[Task], links: Links) -> str:
+    """The smallest difference that each task's items and seeds tell from zero."""
+    text = f"""The smallest true difference that a comparison finds with 80 % power at two-sided 5 %: half of the 95 %
+    interval, √((z·σ/√n)² + 2·(t·τ/√k)²) with z = {Z_95:.2f} and Student's t of k − 1 degrees of freedom, and
+    {Z_80:.2f} standard errors, √(σ²/n + 2·τ²/k) (Bloom 1995, Evaluation Review 19, 547). σ: standard deviation over the
+    n items of the paired difference, each the mean over seeds, root mean square over the comparisons below; τ: standard
+    deviation of an arm's accuracy over its k seeds, pooled over the arms. Comparisons with one seed are left out where
+    there are others. The cells are those of the
+    [comparisons]({WINS}). A difference below the smallest may well exist and stay *undecided*."""
+    heads = ("task", "items", "seeds", "σ", "τ, points", "smallest difference, points", "of the items alone", "cells")
+    rows = []
+    for task in tasks:
+        found = task.design
+        if found is None:
+            continue
+        deviation = DASH if found.seed_deviation is None else f"{100 * found.seed_deviation:.2f}"
+        alone = (Z_95 + Z_80) * found.item_deviation / found.n_items**0.5
+        rows.append(
+            [
+                task.name,
+                found.n_items,
+                f"{found.n_seeds}" + " (τ unknown, left out)" * (found.seed_deviation is None),
+                f"{found.item_deviation:.3f}",
+                deviation,
+                f"**{100 * found.smallest:.1f}**",
+                f"{100 * alone:.1f}",
+                f"{len({record['cell'] for record in found.records})}",
+            ]
+        )
+    return section(
+        "## What these runs can tell apart", prose(text), table(heads, rows) or "There is no comparison yet."
+    )
+
+
+# Who wins -------------------------------------------------------------------------------------------------------------
+
+
+def wins_section(tasks: Sequence[Task], links: Links, pictures: dict[str, str]) -> str:
+    """SMT less every other arm, a table for each task."""
+    text = f"""SMT at 0.84 % of the parameters, blocks of q, k and v by abs_of_sum, less every other arm: accuracy in
+    points, mean over seeds, 95 % interval over items (paired) and seeds. Each arm is at its own best learning rate by
+    held-out training rows. *wins*, *loses*: the whole interval is on one side of zero. *ties*: all of it lies within
+    ±{100 * TIE:.0f} points. *undecided*: neither. p (Holm): adjusted for all comparisons of a table. Of an arm with one
+    seed the interval knows the items alone, and is too narrow."""
+    parts = []
+    for task in tasks:
+        if task.smt is None:
+            parts.append(f"### {task.name}\n\nSMT at 0.84 % has not been run.")
+            continue
+        smt = task.smt
+        lead = (
+            f"SMT: {_accuracy(smt)} % right, {trained_share(smt.records[0])} trained, rate {_rate(smt)}. "
+            f"Cells: {links.cells(task.results, smt.records)}."
+        )
+        fault = f"**Nothing may be concluded here: {task.control.fault}.**" if task.control.fault else ""
+        missing = not_run(task.rivals)
+        left = f"Not run: {words.listed(missing)}." if missing else ""
+        picture = f"differences {task.slug}"
+        shown = f"![SMT less each arm, {task.name}]({pictures[picture]})" if picture in pictures else ""
+        parts.append(section(f"### {task.name}", lead, fault, contrast_table(task, task.contrasts, links), shown, left))
+    return section("## Wins, ties and losses", prose(text), *parts)
+
+
+def contrast_table(task: Task, contrasts: Sequence[Contrast], links: Links, less: str = "") -> str:
+    """A row for each comparison; "" without any.
+
+    Args:
+        task: whose.
+        contrasts: SMT less others; or others less one, which is named by `less`.
+        links: to the other arms' cells.
+        less: with it verdicts are of the other arms: better, worse.
+    """
+    what = f"less {less}, points (95 %)" if less else "SMT less it, points (95 %)"
+    heads = ("arm" if less else "against", "trained", what, "p", "p (Holm)", "verdict", "rate", "cells")
+    rows = []
+    for one, p in zip(contrasts, adjusted(contrasts)):
+        other = one.first if less else one.second
+        word = one.verdict if less else OF_SMT[one.verdict]
+        is_found = one.verdict in ("better", "worse")
+        verdict = f"*{word}*" + ", but not after Holm" * (is_found and p >= SIGNIFICANT)
+        rows.append(
+            [
+                words.name(other),
+                trained_share(other.records[0]),
+                words.points(one.difference),
+                words.p_value(one.p_value).removeprefix("p ").removeprefix("= "),
+                words.p_value(p).removeprefix("p ").removeprefix("= "),
+                DASH if task.control.fault else verdict,
+                _rate(other),
+                links.cells(task.results, other.records),
+            ]
+        )
+    return table(heads, rows)
+
+
+def loss_section(tasks: Sequence[Task], links: Links) -> str:
+    """The same comparisons by the loss on held-out training rows."""
+    text = """Loss in nats per answer token on held-out training rows, at the same cells: what few test items do not
+    resolve. Differences are paired by seed, with Student's 95 % interval; of one seed there is none. *lower* is better
+    for SMT. The learning rates were chosen on these rows, by accuracy first, in all arms alike. Cells: those of the
+    tables above."""
+    parts = []
+    for task in tasks:
+        rows = []
+        for one in task.contrasts:
+            if one.loss is not None:
+                both = [f"{fmean(arm.values('validation_loss').values()):.3f}" for arm in (one.first, one.second)]
+                rows.append([one.second.label, *both, words.loss(one.loss), _lower(one.loss)])
+        heads = ("against", "SMT's loss", "its loss", "SMT less it (95 %)", "SMT's is")
+        fault = f"**Nothing may be concluded here: {task.control.fault}.**" if rows and task.control.fault else ""
+        parts.append(section(f"### {task.name}: loss", fault, table(heads, rows)))
+    return section("## The same by held-out loss", *([prose(text)] if any(parts) else []), *parts)
+
+
+def _lower(difference: Estimate) -> str:
+    return "*lower*" if difference.high < 0 else "*higher*" if difference.low > 0 else "*undecided*"
+
+
+# Claims ---------------------------------------------------------------------------------------------------------------
+
+
+def claims_section(heading: str, text: str, claims: Sequence[Claim], evidence: Evidence, links: Links) -> str:
+    """Every claim with a line for each test that could be made."""
+    heads = ("claim", "from", "the paper's figures", "here", "effect (95 %)", "verdict", "cells")
+    heads = heads if any(claim.published for claim in claims) else (*heads[:2], *heads[3:])
+    rows, words_found = [], []
+    for claim in claims:
+        for number, judged in enumerate(claim.judge(evidence)):
+            own = [claim.text, claim.source, *[claim.published or DASH] * (len(heads) == 7)]
+            first = own if number == 0 else [""] * len(own)
+            cells = links.bench if judged.where.startswith(words.BENCHMARKS) and judged.effect else DASH
+            cells = cells if judged.results is None else links.cells(judged.results, judged.records)
+            words_found.append(judged.verdict.partition(":")[0])
+            rows.append([*first, judged.where or DASH, judged.effect or DASH, _verdict(judged.verdict), cells])
+    counts = ", ".join(
+        f"{words_found.count(word)} {word}"
+        for word in (HOLDS, DOES_NOT, UNDECIDED, NOT_TESTABLE, NOT_RUN)
+        if word in words_found
+    )
+    return section(heading, prose(text), f"{len(claims)} claims, {len(rows)} lines: {counts}.", table(heads, rows))
+
+
+def _verdict(verdict: str) -> str:
+    word, colon, rest = verdict.partition(":")
+    return (f"**{word}**" if word == DOES_NOT else f"*{word}*") + colon + rest

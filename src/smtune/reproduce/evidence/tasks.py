@@ -1,0 +1,111 @@
+"""What stands beside SMT on a task: the arms that are compared, in which experiments, and what was not run.
+
+A task is a family of tests learnt by a model of a tier.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from smtune.evaluation.statistics import holm
+from smtune.reproduce.cells import UNBUDGETED
+from smtune.reproduce.evidence.contrasts import Contrast, Design, contrast, design
+from smtune.reproduce.evidence.control import Control
+from smtune.reproduce.evidence.judges import Evidence, pick
+from smtune.reproduce.evidence.records import Found, Results
+
+BUDGET = 0.0084
+COMPARED = ("study-methods", "study-criteria", "table2")
+"""The experiments whose arms at `BUDGET` are held against SMT."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A family of tests learnt by a model.
+
+    Attributes:
+        results, model, family: which.
+        control: full fine-tuning against the untuned model.
+    """
+
+    results: Results
+    control: Control
+
+    @property
+    def model(self) -> str:
+        return self.control.model
+
+    @property
+    def family(self) -> str:
+        return self.control.family
+
+    @property
+    def name(self) -> str:
+        """ "mini, math (arithmetic)"."""
+        tests = self.results.tests(self.family)
+        several = len(self.results.tier.models) > 1
+        parts = f"{self.results.tier.name}, {self.family}" + f", {self.model}" * several
+        return parts + (f" ({', '.join(tests)})" if tests else "")
+
+    @property
+    def slug(self) -> str:
+        return f"{self.results.tier.name}-{self.family}-{self.model}"
+
+    @cached_property
+    def smt(self) -> Found | None:
+        """SMT itself; None where it has not been run."""
+        found = [arm for arm in pick(self.results, COMPARED[0], "SMT", self.family) if arm.arm.model == self.model]
+        return found[0] if found and found[0].records else None
+
+    @cached_property
+    def rivals(self) -> list[Found]:
+        """All arms that SMT is held against, run or not, each once."""
+        rivals: dict[str, Found] = {}
+        for arm in (arm for name in COMPARED for arm in self.arms(name)):
+            row = arm.arm.row
+            is_smt = (row.method, row.criterion, row.shuffled) == ("smt", "abs_of_sum", False)
+            if row.method == "base" or is_smt or not (row.method in UNBUDGETED or arm.arm.budget == BUDGET):
+                continue
+            rivals.setdefault(json.dumps(arm.arm.fixed, sort_keys=True), arm)
+        return list(rivals.values())
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """SMT less each rival that has been run."""
+        return [] if self.smt is None else [one for arm in self.rivals if (one := contrast(self.smt, arm))]
+
+    @cached_property
+    def design(self) -> Design | None:
+        return design(self.contrasts)
+
+    def arms(self, experiment: str) -> list[Found]:
+        """Those of an experiment that are of this task, in its order."""
+        return [
+            arm for arm in self.results.arms(experiment) if (arm.arm.model, arm.arm.family) == (self.model, self.family)
+        ]
+
+    def arm(self, experiment: str, label: str) -> Found | None:
+        """An arm that has been run, by its label."""
+        return next((arm for arm in self.arms(experiment) if arm.label == label and arm.records), None)
+
+
+def tasks(evidence: Evidence) -> list[Task]:
+    """Those of every tier on which something was trained or selected."""
+    found = []
+    for results in evidence.tiers:
+        configs = [record["config"] for record in results.records.values()]
+        run = {(config["model"], config["family"]) for config in configs if config["kind"] in ("train", "select")}
+        found += [Task(results, control) for key, control in evidence.controls(results).items() if key in run]
+    return found
+
+
+def adjusted(contrasts: Sequence[Contrast]) -> list[float]:
+    """Their p-values by Holm's method, over all of them."""
+    return holm([one.p_value for one in contrasts])
+
+
+def not_run(arms: Iterable[Found]) -> list[str]:
+    return list(dict.fromkeys(arm.label for arm in arms if not arm.records))
