@@ -261,7 +261,9 @@ def test_without_a_control_nothing_is_concluded(made, untuned, full, fault):
 
 def test_a_control_that_passed(made):
     made.control(10, 150)
-    shown = row(part(made.text(), "## The positive control"), "mini, math (arithmetic)")
+    control = part(made.text(), "## The positive control")
+    assert row(control, "mini, choice")[1:8] == ["not run", "not run", "–", "–", "–", "**missing**", "–"]
+    shown = row(control, "mini, math (arithmetic)")
     assert shown[1] == "5.0 (2.7 to 9.0)"
     assert shown[3].startswith("+70.0 (")
     assert shown[4:7] == ["yes", "yes", "passed"]
@@ -452,7 +454,8 @@ def test_memory_and_time_claims(tmp_path):
     judged = [each for each in rows if each.quote == cost_claims.SPEED and each.measured]
     assert judged
     assert all(f"{each.where} | {each.measured} |" in line for each, line in zip(judged, speed, strict=True))
-    assert "## In short\n" not in text  # memory is no task
+    assert "Nothing has been trained yet." in part(text, "## In short")  # memory is no task
+    assert "nothing below may be concluded for any task" in part(text, "## The positive control")
 
 
 def test_a_tie_refutes_a_difference_of_two_points(made):

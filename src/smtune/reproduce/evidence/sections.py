@@ -24,7 +24,7 @@ WINS = "#wins-ties-and-losses"
 
 def in_short(tasks: Sequence[Task], links: Links) -> str:
     """For each task, against whom SMT wins, loses and ties."""
-    lines = [f"- **{task.name}.** {_in_short(task, links)}" for task in tasks]
+    lines = [f"- **{task.name}.** {_in_short(task, links)}" for task in tasks] or ["Nothing has been trained yet."]
     return section("## In short", "\n".join(lines))
 
 
@@ -88,6 +88,8 @@ def control_section(tasks: Sequence[Task], links: Links) -> str:
         for task in tasks
         if task.control.fault
     ]
+    if not tasks:
+        faults = ["**Missing: nothing has been trained, and nothing below may be concluded for any task.**"]
     return section("## The positive control", prose(text), table(heads, rows), *faults)
 
 

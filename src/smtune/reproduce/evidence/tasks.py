@@ -93,12 +93,12 @@ class Task:
 
 
 def tasks(evidence: Evidence) -> list[Task]:
-    """Those of every tier on which something was trained or selected."""
+    """All of every tier that something was trained or selected at, those not run yet included."""
     found = []
     for results in evidence.tiers:
-        configs = [record["config"] for record in results.records.values()]
-        run = {(config["model"], config["family"]) for config in configs if config["kind"] in ("train", "select")}
-        found += [Task(results, control) for key, control in evidence.controls(results).items() if key in run]
+        kinds = {record["config"]["kind"] for record in results.records.values()}
+        if kinds & {"train", "select"}:
+            found += [Task(results, control) for control in evidence.controls(results).values()]
     return found
 
 
