@@ -203,12 +203,14 @@ def test_fewer_seeds_and_rates_are_said(made):
     made.control()
     made.arm("study-methods", "SMT", 100, seeds=1)
     made.arm("study-methods", "DoRA", 60, rates=3, seeds=1)
+    made.arm("study-methods", "SHiRA", 60, best=0, rates=1, seeds=1)
     text = made.text()
     wins = part(text, "## Wins, ties and losses")
     assert row(wins, "DoRA")[6] == f"0.003; 3 of 5 rates, 1 of {SEEDS} seeds"
     effect = row(part(text, "## The paper's claims"), "SMT surpasses DoRA of as many parameters on arithmetic")[4]
     assert effect.endswith(f"; SMT: 1 of {SEEDS} seeds; DoRA: 3 of 5 rates, 1 of {SEEDS} seeds")
     assert f"rate 0.003; 1 of {SEEDS} seeds." in wins
+    assert row(wins, "SHiRA")[6] == f"0.0003; 1 of 5 rates, 1 of {SEEDS} seeds"  # whether it is bracketed is not known
     assert row(wins, "DoRA")[2].startswith("+20.0")
 
 

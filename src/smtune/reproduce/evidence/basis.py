@@ -88,6 +88,7 @@ def _sweeps(task: Task, links: Links) -> str:
             continue
         by_rate = ", ".join(_validated(arm, rate) for rate in arm.arm.rates)
         edge = f"the {arm.edge}: not bracketed" if arm.edge else "bracketed"
+        edge = edge if len(arm.swept) == len(arm.arm.rates) else "sweep not finished"
         rows.append([arm.label, by_rate, edge, links.cells(task.results, arm.swept.values())])
     shown = table(("arm", "rate: accuracy (loss)", "the best", "cells"), rows)
     return section(f"### Learning rates: {task.name}", prose(text), shown) if shown else ""

@@ -59,9 +59,9 @@ class Found:
 
     @property
     def edge(self) -> str:
-        """ "smallest" or "largest" where the best rate stands at that end of the sweep, so that it is not bracketed."""
+        """ "smallest" or "largest" where the best rate of a whole sweep stands at that end: not bracketed."""
         rates = sorted(self.arm.rates)
-        if not self.records or len(rates) == 1:
+        if not self.records or len(rates) == 1 or len(self.swept) < len(rates):
             return ""
         return {rates[0]: "smallest", rates[-1]: "largest"}.get(self.rate, "")
 

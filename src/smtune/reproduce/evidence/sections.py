@@ -84,7 +84,7 @@ def control_section(tasks: Sequence[Task], links: Links) -> str:
         row += ["passed" if control.has_passed else "**failed**", _rate(control.full), _control_cells(task, links)]
         rows.append(row)
     faults = [
-        f"**Nothing below may be concluded for {task.name}: {task.control.fault}.** {_control_cells(task, links)}"
+        f"**Nothing below may be concluded for {task.name}: {task.control.fault}.**"
         for task in tasks
         if task.control.fault
     ]
