@@ -66,7 +66,6 @@ bench-gpu: $(INSTALLED)
 
 # The paper's tables and figures at the smallest scale; hours, and a stopped run goes on where it was.
 reproduce: $(INSTALLED)
-	$(BIN)/smtune reproduce pretrain-mini
 	$(BIN)/smtune reproduce
 
 env: $(INSTALLED)
@@ -80,7 +79,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # For the tests alone: peft and transformers import what is installed of these into every command, and torchao prints.
 $(EVERYTHING): $(INSTALLED)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[quant,distributed,trl,lightning]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[quant,distributed,trl,lightning,lm-eval]'
 	touch $@
 
 clean:

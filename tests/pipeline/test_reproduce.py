@@ -6,6 +6,7 @@ What a cut gives is never a result: the pages must say so.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 
@@ -29,7 +30,6 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMTUNE_CACHE", str(folder))
-        assert cli.run(["reproduce", "table2", *CUT, "--output", str(folder / "none")]) == 2  # it is named what to do
         assert cli.run(["reproduce", "pretrain-mini", "--steps", "2"]) == 0
         load_data.cache_clear()
         weights.cache_clear()
@@ -96,7 +96,9 @@ def test_records_are_complete(output):
             assert record["config"]["weights"] == weights(Setting("mini"), "mini")
         if record["config"]["kind"] == "train":
             assert record["overlap"] in ({"comparison": 0}, {"arithmetic": 0})
-            assert len(record["items"]) == sum(test["items"] for test in record["metrics"]["tests"].values()) == 3
+            n_tasks = 2 if "then" in record["config"] else 1
+            answered = sum(test["items"] for test in record["metrics"]["tests"].values())
+            assert len(record["items"]) == answered == 3 * n_tasks
             assert all({"task", "index", "answer", "prediction", "correct"} <= set(item) for item in record["items"])
         if record["config"]["kind"] == "select":
             assert record["plan"]["n_blocks"] == record["metrics"]["blocks"] > 0
@@ -289,6 +291,24 @@ def test_the_model_of_the_tier_is_what_it_says(cache):
     other = {row["text"] for family in ("math", "choice") for row in load_data(Setting("mini"), family).other_text}
     assert other
     assert not other & read
+
+
+def test_the_packaged_model_is_of_this_recipe():
+    source = json.loads((mini.PACKAGED / "source.json").read_text(encoding="utf-8"))
+    assert {name: source[name] for name in mini.RECIPE} == mini.RECIPE
+    packaged = (mini.PACKAGED / "model.safetensors").read_bytes()
+    assert hashlib.sha256(packaged).hexdigest() == source["sha256"]
+    assert len(packaged) < 8e6
+
+
+def test_a_model_of_another_recipe_is_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SMTUNE_CACHE", str(tmp_path))
+    assert not mini.is_cut()
+    monkeypatch.setitem(mini.RECIPE, "texts", mini.TEXTS + 1)
+    assert not mini.is_made()
+    weights.cache_clear()
+    assert cli.run(["reproduce", "table2", *CUT, "--output", str(tmp_path / "none")]) == 2
+    assert "smtune reproduce pretrain-mini" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

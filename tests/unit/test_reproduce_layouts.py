@@ -108,7 +108,7 @@ def test_a_trial_is_no_result(tmp_path):
     request, store = Request(["made"], Setting("mini", steps=2), seeds=[0]), Store(tmp_path)
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     page = page_of(made, request, store, tmp_path)
-    assert "A trial, not a result: 2 of 300 steps" in page
+    assert "A trial, not a result: 2 of 200 steps" in page
     assert "| **a trial, not a result** |" in page
 
 

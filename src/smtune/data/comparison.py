@@ -1,8 +1,9 @@
-"""A procedural yes-or-no task: whether more or fewer are there after a sum than a number given.
+"""A procedural true-or-false task: whether a number given is what a sum in words comes to.
 
-The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' BoolQ. Blind guessing gets half
-of them. The answer is preceded by the sum and the comparison: a small model cannot do all at once. Whether a question
-belongs to training or to testing is decided by its hash. Imports, of this package, `arithmetic`.
+The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' BoolQ. Half of the numbers are
+wrong: what the other of the two sums would give. Blind guessing gets half of the questions. The answer is preceded by
+the sum: a small model cannot do both at once. Whether a question belongs to training or to testing is decided by its
+hash. Imports, of this package, `arithmetic`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ STORIES = (
 )
 """(sum, what happened)."""
 
-MAX_DISTANCE = 5
-"""Between the result and the number it is compared with; they are never equal."""
-
 
 def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
     """`n` different questions, each true or false with equal chance.
@@ -31,8 +29,8 @@ def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
         seed: draws them; the same arguments give the same questions.
         split: "train" or "test"; no question is in both, whatever the other arguments.
     Returns:
-        Records of the instruction shape: `output` is the sum, the comparison and "the correct answer is true", `answer`
-        "true", `task` "comparison".
+        Records of the instruction shape: `output` is the sum and "the correct answer is true", `answer` "true", `task`
+        "comparison".
     Raises:
         InputError: `n` or `split` is none of these.
     """
@@ -45,19 +43,17 @@ def _question(draw: random.Random) -> dict[str, str]:
     things = draw.choice(THINGS)
     while True:
         a, b = draw.randint(2, MAX_NUMBER), draw.randint(2, MAX_NUMBER)
-        result = OPERATIONS[symbol](a, b)
-        word, holds = draw.choice(("more", "fewer")), draw.random() < 0.5
-        is_below = (word == "more") == holds
-        other = result - draw.randint(1, MAX_DISTANCE) if is_below else result + draw.randint(1, MAX_DISTANCE)
+        result, other = OPERATIONS[symbol](a, b), OPERATIONS["-" if symbol == "+" else "+"](a, b)
         if result > 0 and other > 0:
             break
-    answer, relation = "true" if holds else "false", "more" if result > other else "fewer"
+    holds = draw.random() < 0.5
+    answer, asked = ("true", result) if holds else ("false", other)
     return {
         "instruction": "Please answer the following question with true or false, question: "
-        f"{story.format(p=p, q=q, a=a, b=b, things=things)} Does {p} have {word} than {other} {things} now?\n\n"
+        f"{story.format(p=p, q=q, a=a, b=b, things=things)} Does {p} have {asked} {things} now?\n\n"
         "Answer format: true/false",
         "input": "",
-        "output": f"{a} {symbol} {b} = {result}\n{result} is {relation} than {other}\nthe correct answer is {answer}",
+        "output": f"{a} {symbol} {b} = {result}\nthe correct answer is {answer}",
         "answer": answer,
         "task": "comparison",
     }

@@ -110,14 +110,17 @@ def budget_text(budget: float | int) -> str:
     return f"{budget} blocks" if isinstance(budget, int) else f"{100 * budget:.3g} %"
 
 
-def arms(experiment: Experiment, tier: Tier, seeds: Sequence[int], base: Callable[[str, str], Record]) -> Iterator[Arm]:
+def arms(
+    experiment: Experiment, tier: Tier, seeds: Sequence[int] | None, base: Callable[[str, str], Record]
+) -> Iterator[Arm]:
     """The arms of an experiment, in the order of its table.
 
     Args:
         experiment, tier: as declared.
-        seeds: of every arm; the untrained model and what draws nothing have the first only.
+        seeds: of every arm, None: as declared; the untrained model and what draws nothing have the first only.
         base: (model, family) to what all cells of the two share: data, recipe, evaluation.
     """
+    seeds = seeds or tier.seeds_of(experiment)
     for family in experiment.families:
         for model in tier.models:
             for row in experiment.rows_at(tier.scale):
@@ -131,7 +134,7 @@ def arms(experiment: Experiment, tier: Tier, seeds: Sequence[int], base: Callabl
                         family=family,
                         budget=budget,
                         fixed={"kind": experiment.kind, **base(model, family), **_of_row(row, budget)},
-                        rates=tier.rates(row) if experiment.kind == "train" else [0.0],
+                        rates=tier.rates(experiment, row),
                         seeds=seeds if varies else seeds[:1],
                     )
 

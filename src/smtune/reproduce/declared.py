@@ -113,6 +113,18 @@ class Published(_Section):
     rows: list[list[str | float | int]]
 
 
+class Pruned(_Section):
+    """Fewer seeds and learning rates than the tier's, since other experiments have shown where to look.
+
+    Attributes:
+        seeds: the first so many of the tier's.
+        learning_rates: of rows that name none of their own.
+    """
+
+    seeds: Count
+    learning_rates: list[float]
+
+
 class Experiment(_Section):
     """A table or figure.
 
@@ -123,6 +135,7 @@ class Experiment(_Section):
         families: the tasks trained on and tested, of the tier's.
         rows: by scale. models: by scale, those of the tier's models that rows without their own are run on; None: all.
         cells_of: another experiment whose rows these are.
+        pruned: of the embedded scale.
         published: the paper's numbers; note: what else the page says.
     """
 
@@ -134,6 +147,7 @@ class Experiment(_Section):
     rows: dict[Literal["embedded", "paper"], list[Row]] = {}
     models: dict[Literal["embedded", "paper"], list[str]] = {}
     cells_of: str | None = None
+    pruned: Pruned | None = None
     published: Published | None = None
     note: str = ""
 
@@ -259,11 +273,18 @@ class Tier(_Section):
     def scale(self) -> str:
         return "paper" if self.name == "paper" else "embedded"
 
-    def rates(self, row: Row) -> list[float]:
-        """The learning rates that a row sweeps; one of no meaning for the untrained model."""
-        if row.method == "base":
+    def rates(self, experiment: Experiment, row: Row) -> list[float]:
+        """The learning rates that a row of an experiment sweeps; one of no meaning where nothing is trained."""
+        if row.method == "base" or experiment.kind != "train":
             return [0.0]
-        return row.learning_rates or self.learning_rates.get(row.method) or self.learning_rates["default"]
+        pruned = experiment.pruned.learning_rates if experiment.pruned and self.scale == "embedded" else None
+        own = self.learning_rates.get(row.method) or self.learning_rates["default"]
+        return row.learning_rates or pruned or own
+
+    def seeds_of(self, experiment: Experiment) -> list[int]:
+        """The seeds that an experiment runs with if it is not told which."""
+        pruned = experiment.pruned if self.scale == "embedded" else None
+        return self.seeds[: pruned.seeds] if pruned is not None else self.seeds
 
 
 def experiment_names() -> list[str]:

@@ -54,7 +54,7 @@ def estimate(request: Request, name: str) -> list[Estimate]:
     tier, recipe = setting.declared, setting.recipe
 
     found = []
-    for arm in arms(experiment, tier, request.seeds or tier.seeds, setting.shape):
+    for arm in arms(experiment, tier, request.seeds, setting.shape):
         size = tier.families[arm.family].size
         counted = _count(setting, arm.model, *_memory_key(arm))
         steps = 0

@@ -120,15 +120,16 @@ def _how(result: Result) -> str:
         return ""
     tier = result.request.setting.declared
     recipe = tier.recipe
+    pruned = ", of a pruned sweep" if result.experiment.pruned is not None and tier.scale == "embedded" else ""
     length = f"{result.request.setting.steps or recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
     text = (
         "Accuracy in percent, mean over the seeds there are; in parentheses 95 % intervals over items and, where there "
         "are several, seeds. "
         "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
         f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
-        "rows. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the whole "
-        "interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on held-out text "
-        "of another kind."
+        f"rows{pruned}. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
+        "whole interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on "
+        "held-out text of another kind."
     )
     leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
     if leaked:

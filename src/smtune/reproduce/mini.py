@@ -5,8 +5,8 @@ reads sums and comparisons written as such, told quantities without a question, 
 in digits, which of two numbers is larger), and the packaged training texts; word problems, and questions that want true
 or false, it never sees. Of the packaged texts a tenth is held out, to tell what fine-tuning forgets.
 
-The weights are kept in bf16, as published models' are. They come to the same bits on the same machine and threads; the
-hash of what was made is in every cell that used it.
+The weights are kept in bf16, as published models' are. They come to the same bits on the same machine and threads. The
+package has them; the hash of what was used is in every cell.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from smtune.models import SOURCE_FILE, cache_folder, quiet
 from smtune.training.folder import write_folder
 
 PACKAGED = Path(__file__).parent.parent / "assets" / "mini"
-"""Where the artefact stands if it is part of the package."""
+"""The artefact that is part of the package."""
 
 STEPS, BATCH, LENGTH = 3500, 16, 128
 LEARNING_RATE, WARMUP = 3e-3, 100
@@ -71,13 +71,13 @@ Say = Callable[[str], object]
 
 
 def folder() -> Path:
-    """The folder of the model: the package's, else the one in the user's cache.
+    """The folder of the model: the one in the user's cache, else the package's.
 
     Raises:
-        InputError: there is none yet.
+        InputError: there is none of this recipe.
     """
-    for place in (PACKAGED, _cached()):
-        if (place / "model.safetensors").is_file():
+    for place in (_cached(), PACKAGED):
+        if _source(place) is not None:
             return place
     raise InputError(
         "Expected the model of the tier mini. It has not been made yet: run `smtune reproduce pretrain-mini`."
@@ -85,12 +85,20 @@ def folder() -> Path:
 
 
 def is_made() -> bool:
-    return any((place / "model.safetensors").is_file() for place in (PACKAGED, _cached()))
+    return any(_source(place) is not None for place in (_cached(), PACKAGED))
 
 
 def is_cut() -> bool:
     """Whether the model there is was pretrained for fewer steps than the recipe says."""
-    return is_made() and json.loads((folder() / SOURCE_FILE).read_text(encoding="utf-8"))["steps"] < STEPS
+    return is_made() and _source(folder())["steps"] < STEPS  # type: ignore[index]
+
+
+def _source(place: Path) -> dict[str, Any] | None:
+    """What is written beside a model of this recipe, full or cut; None where there is none."""
+    if not (place / "model.safetensors").is_file():
+        return None
+    source = json.loads((place / SOURCE_FILE).read_text(encoding="utf-8"))
+    return source if {**source, **RECIPE, "steps": source["steps"]} == source else None
 
 
 def _cached() -> Path:
@@ -201,12 +209,15 @@ def make_tokenizer(n_documents: int = TOKENIZER_DOCUMENTS) -> PreTrainedTokenize
 def pretrain(steps: int = STEPS, say: Say = print) -> Path:
     """Make the model in the user's cache, and return its folder; one that is there is left as it is.
 
+    It is used in place of the package's; what is said at the end tells whether the two are the same.
+
     Args:
         steps: fewer than the recipe's make a model that is marked as cut.
         say: told how it goes.
     """
     place = _cached()
-    if (place / "model.safetensors").is_file() and not is_cut():
+    there = _source(place)
+    if there is not None and there["steps"] >= STEPS:
         say(f"{place} is there already.")
         return place
     started = time.perf_counter()
@@ -248,6 +259,10 @@ def pretrain(steps: int = STEPS, say: Say = print) -> Path:
 
     write_folder(place, fill)
     say(f"Wrote {place} in {(time.perf_counter() - started) / 60:.1f} minutes")
+    made, packaged = _source(place), _source(PACKAGED)
+    if made and packaged and steps >= STEPS:
+        same = made["sha256"] == packaged["sha256"]
+        say("Its weights are the package's, bit for bit." if same else "Its weights are not the package's.")
     return place
 
 

@@ -54,7 +54,7 @@ class Request:
         """The arms of an experiment. Its data is read, where it needs some, and hashed into their configuration."""
         tier = self.setting.declared
         base = self.setting.shape if experiment.kind == "memory" else self.setting.base
-        return list(arms(experiment, tier, self.seeds or tier.seeds, base))
+        return list(arms(experiment, tier, self.seeds, base))
 
     def wanted(self, arms: Sequence[Arm], store: Store) -> list[Cell]:
         """The cells known so far, in order: all sweeps, then the other seeds at the rates that were found best."""

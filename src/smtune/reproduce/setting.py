@@ -115,7 +115,10 @@ class Data:
 def weights(setting: Setting, model: str) -> str:
     """Names the weights of a model; of one on the hub by its name, for its revision is known only there."""
     name = setting.declared.models[model].name
-    return fingerprint(setting.model_name(model)) if setting.declared.scale == "embedded" else name
+    if setting.declared.scale != "embedded":
+        return name
+    # Wherever the folder of the tier's own model is, its name is the model's.
+    return f"{name} ({fingerprint(setting.model_name(model)).rpartition('(')[2]}"
 
 
 @cache
