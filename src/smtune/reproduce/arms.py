@@ -32,7 +32,7 @@ def make_plan(model: nn.Module, config: Mapping[str, Any], batches: Iterable[Bat
     criterion = config["criterion"]
     if config.get("dense_warmup"):
         keep, rate = config["dense_warmup"] == "kept", config["recipe"]["dense_warmup_rate"]
-        plan = variants.dense_warmup(model, smt_config(config, "random"), batches, rate, keep)
+        plan = variants.dense_warmup(model, smt_config(config), batches, rate, keep)
     elif criterion in variants.CRITERIA:
         plan = variants.make_plan(model, smt_config(config, "random"), criterion, batches)
     else:

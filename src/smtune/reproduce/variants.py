@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import smtune
+from smtune import training
 from smtune.bench.sift import SparseEntries
 from smtune.blocks import tile
 from smtune.scoring import Scores
@@ -93,51 +94,24 @@ def make_plan(model: nn.Module, config: smtune.SMTConfig, criterion: str, batche
             name: CRITERIA[criterion](*(tile(value, size) for value in (weight, sums[name], squares[name]))).float()
             for name, weight in weights.items()
         }
-    return _select(model, scores, config, criterion, seen)
-
-
-def _select(model: nn.Module, scores: Mapping[str, Tensor], config: Any, criterion: str, seen: int) -> Plan:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    found = Scores(scores, block_size=int(config.block_size), criterion=criterion, batches_seen=seen)
-    return smtune.select_blocks(found, config, total)
+    found = Scores(scores, block_size=size, criterion=criterion, batches_seen=seen)
+    return smtune.select_blocks(found, config, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def dense_warmup(
-    model: Any,
-    config: smtune.SMTConfig,
-    batches: Iterable[Batch],
-    learning_rate: float,
-    keep: bool,
-    on_step: Callable[[], object] = lambda: None,
+    model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch], learning_rate: float, keep: bool
 ) -> Plan:
-    """The authors' warm-up: steps of full fine-tuning, whose own gradients score the blocks (`abs_of_sum`).
+    """The authors' warm-up, `smtune.training.dense_warmup`.
 
     Args:
         batches: one for each step; `config.warmup_steps` of them are drawn.
         keep: leave the model as it is then, as the released code does; else put it back.
     """
-    names = list(smtune.score_blocks(model, None, config))
-    weights = weights_of(model, names)
     before = None if keep else {name: value.clone() for name, value in model.state_dict().items()}
-    parameters = list(model.parameters())
-    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    seen = 0
-    with _wanting(parameters):
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        for batch in itertools.islice(batches, config.warmup_steps):
-            seen += 1
-            model(**batch).loss.backward()
-            for name, weight in weights.items():
-                sums[name] += weight.grad
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            on_step()
+    plan, _ = training.dense_warmup(model, batches, config, steps=config.warmup_steps, learning_rate=learning_rate)
     if before is not None:
         model.load_state_dict(before)
-    size = int(config.block_size)
-    scores = {name: tile(total.abs(), size).mean((-1, -2)).float() for name, total in sums.items()}
-    return _select(model, scores, config, "abs_of_sum, dense warm-up", seen)
+    return plan
 
 
 def whole_rows(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch], count: int) -> list[SparseEntries]:
