@@ -225,7 +225,7 @@ def _record(metrics: Record, measured: Record, plan: Plan | None, data: Data | N
     if data is not None:
         record["overlap"] = data.overlap
     if plan is not None:
-        record["plan"] = plan.to_dict()
+        record["plan"] = plan.to_dict() | {"model_name": ""}  # a folder's path is no part of a result
     return record
 
 
