@@ -547,10 +547,22 @@ def _tap_hook(accumulator: _Accumulator):
 
 
 @contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Freeze the model in train mode; afterwards restore modes, flags, gradients, buffers and random states."""
+def modes_and_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Train or evaluation mode of every module and `requires_grad` of every parameter are afterwards as before."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Freeze the model in train mode; afterwards restore modes, flags, gradients, buffers and random states."""
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -561,17 +573,11 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), modes_and_flags_kept(model):
         try:
-            model.train()
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
+            model.train().requires_grad_(False)
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):

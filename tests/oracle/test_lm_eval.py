@@ -14,10 +14,9 @@ import random
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smtune.evaluation import TASKS, Item, evaluate, harness, load_items, load_run
+from tiny_base import byte_llama, byte_tokenizer
 
 missing = importlib.util.find_spec("lm_eval") is None
 pytestmark = pytest.mark.skipif(
@@ -76,31 +75,12 @@ MADE |= {"AQuA": packaged("AQuA")}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Bytes, without a pad token."""
-    letters = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={letter: k for k, letter in enumerate(letters)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.5,  # so that options do not come close to a tie
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return byte_llama(len(tokenizer))
 
 
 def in_the_harness(model, tokenizer, items, folder, batch_size):

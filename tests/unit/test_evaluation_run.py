@@ -8,8 +8,7 @@ import peft
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from smtune.errors import InputError
 from smtune.evaluation import (
@@ -22,37 +21,19 @@ from smtune.evaluation import (
     load_run,
     summary_table,
 )
+from tiny_base import byte_llama, byte_tokenizer
 
 EOS = 0
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte; token 0 ends a text."""
-    letters = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={letter: k for k, letter in enumerate(letters)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    return byte_tokenizer()
 
 
 @pytest.fixture
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.5,  # so that neither options nor tokens come close to a tie
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return byte_llama(len(tokenizer))
 
 
 def letters_items(n=7):

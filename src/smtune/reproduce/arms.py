@@ -16,6 +16,7 @@ import smtune
 from smtune.bench import arms as bench
 from smtune.bench.subjects import QKV, Subject
 from smtune.reproduce import variants
+from smtune.reproduce.cells import WHOLE
 from smtune.reproduce.optimizers import BlockAdamW, BlockMuon, carry
 from smtune.selection import Plan
 
@@ -32,17 +33,17 @@ def make_plan(model: nn.Module, config: Mapping[str, Any], batches: Iterable[Bat
     criterion = config["criterion"]
     if config.get("dense_warmup"):
         keep, rate = config["dense_warmup"] == "kept", config["recipe"]["dense_warmup_rate"]
-        plan = variants.dense_warmup(model, smt_config(config), batches, rate, keep)
+        plan = variants.dense_warmup(model, _smt_config(config), batches, rate, keep)
     elif criterion in variants.CRITERIA:
-        plan = variants.make_plan(model, smt_config(config, "random"), criterion, batches)
+        plan = variants.make_plan(model, _smt_config(config, "random"), criterion, batches)
     else:
-        plan = smtune.make_plan(model, batches, smt_config(config), progress=False)
+        plan = smtune.make_plan(model, batches, _smt_config(config), progress=False)
     return plan.shuffled(config["seed"]) if config["shuffled"] else plan
 
 
 def count_plan(model: nn.Module, config: Mapping[str, Any]) -> Plan:
     """A plan of as many blocks as the cell's budget buys, at random places: no data is needed, nor weights."""
-    return smtune.make_plan(model, None, smt_config(config, "random"), progress=False)
+    return smtune.make_plan(model, None, _smt_config(config, "random"), progress=False)
 
 
 def build(
@@ -59,7 +60,7 @@ def build(
     method = config["method"]
     if method == "smt":
         plan = plan or make_plan(model, config, batches or ())
-        arm = bench.wrapped(model, smt_config(config, "random").with_plan(plan), "SMT", plan)
+        arm = bench.wrapped(model, _smt_config(config, "random").with_plan(plan), "SMT", plan)
         arm.name = method
         if config.get("optimizer") == "muon":
             arm.optimizer = BlockMuon(arm.trained)
@@ -68,9 +69,9 @@ def build(
         return arm
     if method == "rows":
         count = count_plan(model, config).n_params
-        entries = variants.whole_rows(model, smt_config(config, "random"), batches or (), count)
+        entries = variants.whole_rows(model, _smt_config(config, "random"), batches or (), count)
         return bench.of_entries("rows", "whole rows", model, entries)
-    like = plan if plan is not None or method in ("full", "dense-v", "dense-qkv") else count_plan(model, config)
+    like = plan if plan is not None or method in WHOLE else count_plan(model, config)
     subject = Subject(config["model"], config["block_size"], batch=1, llama=None)
     setting = bench.Setting(subject, config["dtype"], device=str(next(model.parameters()).device), plan=like)
     first = next(iter(batches)) if method == "sift" and batches is not None else {}
@@ -113,7 +114,7 @@ def _block_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def smt_config(config: Mapping[str, Any], criterion: str | None = None) -> smtune.SMTConfig:
+def _smt_config(config: Mapping[str, Any], criterion: str | None = None) -> smtune.SMTConfig:
     """SMT's own configuration of a cell.
 
     Args:

@@ -19,8 +19,11 @@ from typing import Any
 from smtune.reproduce.declared import Experiment, Row, Tier
 
 Record = dict[str, Any]
-UNBUDGETED = ("base", "full", "dense-v", "dense-qkv")
-"""Methods that train all of something, or nothing."""
+WHOLE = ("full", "dense-v", "dense-qkv")
+"""Methods that train all of something."""
+
+UNBUDGETED = ("base", *WHOLE)
+"""Those, and what trains nothing."""
 
 Find = Callable[["Cell"], "Record | None"]
 """The stored record of a cell, or None."""

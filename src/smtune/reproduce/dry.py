@@ -18,6 +18,7 @@ from smtune.errors import InputError
 from smtune.reproduce import memory
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
 from smtune.reproduce.declared import Size, load_experiment
+from smtune.reproduce.numbers import DASH
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
 from smtune.reproduce.train import count_steps
@@ -30,7 +31,6 @@ DECODING_SHARE = 0.1
 """Of the rate at which products are made, what generation reaches: it makes one token at a time."""
 
 PROMPT_TOKENS = 100
-DASH = "–"
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from smtune.evaluation.statistics import Estimate, mean, p_value_of
 from smtune.files import write_text
 from smtune.maps.layout import projections
 from smtune.report import accuracy_bars, block_map, projection_shares
+from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
 from smtune.reproduce.cells import Arm, Record, budget_text
 from smtune.reproduce.declared import Experiment, Row
+from smtune.reproduce.numbers import DASH, p_text, points
 from smtune.reproduce.run import Request
 from smtune.reproduce.store import Store
 from smtune.selection import Plan
 
-DASH = "–"
 GB, MB = 10**9, 10**6
 Table = tuple[list[str], list[list[str]]]
 
@@ -75,7 +76,7 @@ def render(result: Result, folder: Path) -> list[Path]:
         f"# {experiment.title}",
         _trial(result),
         f"## Ours: {result.request.setting.declared.title}",
-        _markdown(heads, shown),
+        table(heads, shown),
         extra,
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
         _how(result),
@@ -140,8 +141,8 @@ def _how(result: Result) -> str:
 def _published(experiment: Experiment) -> str:
     if experiment.published is None:
         return ""
-    table = _markdown(experiment.published.columns, experiment.published.rows)
-    return f"## The paper's own numbers\n\nPrinted in He et al. 2024 (arXiv:2405.15525); not run here.\n\n{table}"
+    theirs = table(experiment.published.columns, experiment.published.rows)
+    return f"## The paper's own numbers\n\nPrinted in He et al. 2024 (arXiv:2405.15525); not run here.\n\n{theirs}"
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -309,9 +310,7 @@ def claims(result: Result) -> str:
             less = lora[key] - smt[key]
             text = f"{abs(less) / MB:,.0f} MB {'less' if less > 0 else 'more'}"
             rows.append(["LLaMA-13B, 1 %: about 250 MB less than LoRA", dtypes, text, _holds(less >= 200 * MB)])
-    return (
-        _markdown(["the paper's claim", "trained values, gradients, moments in", "counted", ""], rows) if rows else ""
-    )
+    return table(["the paper's claim", "trained values, gradients, moments in", "counted", ""], rows)
 
 
 def _holds(yes: bool) -> str:
@@ -461,9 +460,7 @@ def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
     if not others or others[0][0] is arm:
         return DASH
     total, p_value = difference(records, others[0][1])
-    low, high = 100 * total.low, 100 * total.high
-    p = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
-    return f"{100 * total.value:+.1f} ({low:+.1f} to {high:+.1f}), {p}, *{verdict(total)}*".replace("-", "−")
+    return f"{points(total)}, {p_text(p_value)}, *{verdict(total)}*"
 
 
 def _is_variant(arm: Arm) -> bool:
@@ -490,11 +487,6 @@ def _with_interval(estimate: Estimate) -> str:
 
 def _gb(n_bytes: float) -> str:
     return f"{n_bytes / GB:.3g}" if n_bytes < GB else f"{n_bytes / GB:.1f}"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *lines])
 
 
 def _csv(heads: Sequence[str], rows: Sequence[Sequence[str]], experiment: Experiment) -> str:

@@ -27,11 +27,11 @@ from smtune.bench.plans import used_columns
 from smtune.bench.subjects import attention_inputs
 from smtune.models import DTYPES
 from smtune.reproduce import arms
+from smtune.reproduce.cells import UNBUDGETED
 from smtune.selection import Plan
 
 ADAM_MOMENTS = 2
 FP32 = 4
-WHOLE = ("full", "dense-v", "dense-qkv")
 SPARSE = ("shira", "supertuning", "sift", "rows")
 
 
@@ -84,7 +84,7 @@ def count(architecture: PreTrainedConfig, config: Mapping[str, Any], rows: int, 
     total = sum(parameter.numel() for parameter in model.parameters())
     base = sum(parameter.nbytes for parameter in model.parameters())
     itemsize = next(model.parameters()).element_size()
-    plan = None if method in ("base", *WHOLE) else arms.count_plan(model, config)
+    plan = None if method in UNBUDGETED else arms.count_plan(model, config)
     trained = originals = columns = 0
     if method == "smt" and plan is not None:
         lowest = next(filter(None, (_with_blocks(layer, plan) for layer in attention_inputs(model, tuple(LINEARS)))))

@@ -76,21 +76,28 @@ def folder() -> Path:
     Raises:
         InputError: there is none of this recipe.
     """
-    for place in (_cached(), PACKAGED):
-        if _source(place) is not None:
-            return place
-    raise InputError(
-        "Expected the model of the tier mini. It has not been made yet: run `smtune reproduce pretrain-mini`."
-    )
+    found = _found()
+    if found is None:
+        raise InputError(
+            "Expected the model of the tier mini. It has not been made yet: run `smtune reproduce pretrain-mini`."
+        )
+    return found[0]
 
 
 def is_made() -> bool:
-    return any(_source(place) is not None for place in (_cached(), PACKAGED))
+    return _found() is not None
 
 
 def is_cut() -> bool:
     """Whether the model there is was pretrained for fewer steps than the recipe says."""
-    return is_made() and _source(folder())["steps"] < STEPS  # type: ignore[index]
+    found = _found()
+    return found is not None and found[1]["steps"] < STEPS
+
+
+def _found() -> tuple[Path, dict[str, Any]] | None:
+    """The folder that is used, with what is written beside the model; None where there is none of this recipe."""
+    places = ((place, _source(place)) for place in (_cached(), PACKAGED))
+    return next(((place, source) for place, source in places if source is not None), None)
 
 
 def _source(place: Path) -> dict[str, Any] | None:

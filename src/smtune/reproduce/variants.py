@@ -7,8 +7,7 @@ library; what does not stays as evidence.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import smtune
 from smtune import training
 from smtune.bench.sift import SparseEntries
 from smtune.blocks import tile
-from smtune.scoring import Scores
+from smtune.scoring import Scores, modes_and_flags_kept
 from smtune.selection import Plan
 
 Batch = dict[str, Tensor]
@@ -42,19 +41,6 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """
 
 
-@contextmanager
-def _wanting(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    weights = list(weights)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-            weight.grad = None
-
-
 def gradient_sums(
     model: Any, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
@@ -62,7 +48,9 @@ def gradient_sums(
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     seen = 0
-    with _wanting(weights.values()):
+    with modes_and_flags_kept(model):
+        for weight in weights.values():
+            weight.requires_grad_(True)
         for batch in batches:
             seen += 1
             model(**batch).loss.backward()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import smtune
 from smtune.errors import InputError
-from smtune.scoring import DATA_FREE, GradientScores, batch_loss, score
+from smtune.scoring import DATA_FREE, GradientScores, batch_loss, modes_and_flags_kept, score
 from smtune.sharded import is_sharded
 from smtune.tuner.plan import with_model
 from smtune.tuner.quantised import is_quantised
@@ -133,17 +133,12 @@ def _check_model(model: nn.Module) -> None:
 @contextmanager
 def _all_trained(model: nn.Module) -> Iterator[None]:
     """Every parameter takes part, in train mode; afterwards modes and flags are as before, and gradients gone."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.train().requires_grad_(True)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
+    with modes_and_flags_kept(model):
+        try:
+            model.train().requires_grad_(True)
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
 def _backward(

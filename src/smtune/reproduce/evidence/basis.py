@@ -10,7 +10,8 @@ from smtune.reproduce.cells import Record
 from smtune.reproduce.declared import experiment_names, load_experiment
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.evidence.tasks import Task
-from smtune.reproduce.evidence.words import DASH, Links
+from smtune.reproduce.evidence.words import Links
+from smtune.reproduce.numbers import DASH
 
 
 def basis_section(tiers: Sequence[Results], tasks: Sequence[Task], links: Links) -> str:

@@ -14,6 +14,7 @@ from smtune.evaluation.statistics import TIE, Estimate, mean_over_seeds
 from smtune.maps.layout import Projection, projections
 from smtune.report.benchmarks import claims as cost_claims
 from smtune.report.benchmarks.targets import ABSENT, OPEN
+from smtune.reproduce import numbers
 from smtune.reproduce.cells import Record
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.contrasts import contrast, share_of_gap, trend, trends_difference
@@ -53,11 +54,21 @@ class Judged:
     results: Results | None = None
 
 
+class OfExperiment:
+    """A test that rests on an experiment's cells."""
+
+    experiment: str
+
+    @property
+    def command(self) -> str:
+        return f"`smtune reproduce {self.experiment}`"
+
+
 # Kinds of tests -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Better:
+class Better(OfExperiment):
     """One arm is better than another.
 
     Attributes:
@@ -81,10 +92,6 @@ class Better:
     claimed: float = TIE
     gap_from: tuple[str, str] | None = None
 
-    @property
-    def command(self) -> str:
-        return f"`smtune reproduce {self.experiment}`"
-
     def judge(self, evidence: Evidence) -> Iterator[Judged]:
         for results in evidence.tiers:
             second = self.second_experiment or self.experiment
@@ -95,7 +102,7 @@ class Better:
                 found = contrast(first, other)
                 if found is None:
                     continue
-                effect = f"{words.points(found.difference)}, {words.p_value(found.p_value)}"
+                effect = f"{numbers.points(found.difference)}, {numbers.p_text(found.p_value)}"
                 arms = [first, other]
                 shown = found.difference
                 verdict = _as_good(shown) if self.as_good else _above_zero(shown, self.claimed)
@@ -115,11 +122,11 @@ def _gap(arm: Found, low: Found, high: Found) -> str:
     share = share_of_gap(arm, low, high)
     if share is None:
         return f"no gap between {low.label} and {high.label} is shown"
-    return f"{words.share(share)} of the gap from {low.label} closed"
+    return f"{numbers.share(share)} of the gap from {low.label} closed"
 
 
 @dataclass(frozen=True)
-class Trend:
+class Trend(OfExperiment):
     """Accuracy rises, or does not, with something.
 
     Attributes:
@@ -139,10 +146,6 @@ class Trend:
     rises: bool = True
     per: str = "tenfold budget"
 
-    @property
-    def command(self) -> str:
-        return f"`smtune reproduce {self.experiment}`"
-
     def judge(self, evidence: Evidence) -> Iterator[Judged]:
         for results in evidence.tiers:
             for model in results.tier.models:
@@ -156,7 +159,7 @@ class Trend:
                 if len(arms) < 3:
                     continue
                 slope = trends_difference(arms, others, x) if self.than else trend(arms, x)
-                effect = f"{words.points(slope)} per {self.per}, over {len(x)} of {self._n_points(results)}"
+                effect = f"{numbers.points(slope)} per {self.per}, over {len(x)} of {self._n_points(results)}"
                 where = (self.label or "trend") + (f" less {self.than}" if self.than else "")
                 if self.rises:
                     verdict = _above_zero(slope, 0.0)
@@ -182,7 +185,7 @@ class Trend:
 
 
 @dataclass(frozen=True)
-class Places:
+class Places(OfExperiment):
     """Something about where a plan's blocks are.
 
     Attributes:
@@ -197,10 +200,6 @@ class Places:
     share_of: str = ""
     frozen: str = ""
 
-    @property
-    def command(self) -> str:
-        return f"`smtune reproduce {self.experiment}`"
-
     def judge(self, evidence: Evidence) -> Iterator[Judged]:
         for results in evidence.tiers:
             for arm in pick(results, self.experiment, self.label, self.family):
@@ -214,7 +213,7 @@ class Places:
         shares = [sum(kind.share for kind in kinds if _is_of(kind, self.share_of)) for kinds in plans]
         low, high = min(shares), max(shares)
         verdict = HOLDS if low > 0.5 else DOES_NOT if high <= 0.5 else UNDECIDED
-        return f"{words.share(mean_over_seeds(shares))} of the blocks", verdict
+        return f"{numbers.share(mean_over_seeds(shares))} of the blocks", verdict
 
     def _frozen(self, plans: Sequence[Sequence[Projection]]) -> tuple[str, str]:
         texts, agree = [], []
@@ -273,15 +272,15 @@ class Counted:
             for key, dtypes in keys.items():
                 value = own["metrics"][key]
                 if other is None:
-                    effect, holds = words.gigabytes(value), (value >= self.bound) == self.needs_more
+                    effect, holds = numbers.gigabytes(value), (value >= self.bound) == self.needs_more
                 elif self.is_share:
                     saved = 1 - value / other["metrics"][key]
                     effect, holds = f"{100 * saved:.1f} % less", saved >= self.bound
                 else:
                     saved = other["metrics"][key] - value
                     direction = "less" if saved > 0 else "more"
-                    effect, holds = f"{words.gigabytes(abs(saved))} {direction}", saved >= self.bound
-                where = f"{results.tier.name}: {self.model}, {words.percent(self.budget)}, {dtypes}"
+                    effect, holds = f"{numbers.gigabytes(abs(saved))} {direction}", saved >= self.bound
+                where = f"{results.tier.name}: {self.model}, {numbers.percent(self.budget)}, {dtypes}"
                 records = [own, *([other] if other else [])]
                 yield Judged(where, effect, HOLDS if holds else DOES_NOT, records, results)
 

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from smtune.evaluation.statistics import TIE, Z_80, Z_95, Estimate
 from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.reproduce import numbers
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.claims import Claim
 from smtune.reproduce.evidence.contrasts import Contrast, accuracy
@@ -14,8 +15,9 @@ from smtune.reproduce.evidence.control import GAIN, SOLVED
 from smtune.reproduce.evidence.judges import DOES_NOT, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Evidence
 from smtune.reproduce.evidence.records import Found
 from smtune.reproduce.evidence.tasks import Task, adjusted, not_run
-from smtune.reproduce.evidence.words import DASH, Links
+from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, trained_share
+from smtune.reproduce.numbers import DASH
 
 SIGNIFICANT = 0.05
 OF_SMT = {"better": "wins", "worse": "loses", "tie": "ties", "undecided": "undecided"}
@@ -37,7 +39,7 @@ def _in_short(task: Task, links: Links) -> str:
     by_verdict: dict[str, list[str]] = {}
     for one, p in zip(task.contrasts, adjusted(task.contrasts)):
         after = ", not after Holm" * (one.verdict in ("better", "worse") and p >= SIGNIFICANT)
-        by_verdict.setdefault(one.verdict, []).append(f"{one.second.label}: {words.points(one.difference)}{after}")
+        by_verdict.setdefault(one.verdict, []).append(f"{one.second.label}: {numbers.points(one.difference)}{after}")
     texts = [
         f"  - *{word}*: {words.listed(by_verdict[verdict])}"
         for verdict, word in OF_SMT.items()
@@ -80,7 +82,7 @@ def control_section(tasks: Sequence[Task], links: Links) -> str:
             continue
         enough, unsolved = gain.difference.value >= GAIN, accuracy(control.full) < SOLVED
         sure = "yes" if gain.difference.low >= GAIN else "yes, but not all of the interval" if enough else "**no**"
-        row += [words.points(gain.difference), sure, "yes" if unsolved else "**no**"]
+        row += [numbers.points(gain.difference), sure, "yes" if unsolved else "**no**"]
         row += ["passed" if control.has_passed else "**failed**", _rate(control.full), _control_cells(task, links)]
         rows.append(row)
     faults = [
@@ -208,9 +210,9 @@ def contrast_table(task: Task, contrasts: Sequence[Contrast], links: Links, less
             [
                 words.name(other),
                 trained_share(other.records[0]),
-                words.points(one.difference),
-                words.p_value(one.p_value).removeprefix("p ").removeprefix("= "),
-                words.p_value(p).removeprefix("p ").removeprefix("= "),
+                numbers.points(one.difference),
+                numbers.p_text(one.p_value).removeprefix("p ").removeprefix("= "),
+                numbers.p_text(p).removeprefix("p ").removeprefix("= "),
                 DASH if task.control.fault else verdict,
                 _rate(other),
                 links.cells(task.results, other.records),
@@ -231,7 +233,7 @@ def loss_section(tasks: Sequence[Task], links: Links) -> str:
         for one in task.contrasts:
             if one.loss is not None:
                 both = [f"{fmean(arm.values('validation_loss').values()):.3f}" for arm in (one.first, one.second)]
-                rows.append([one.second.label, *both, words.loss(one.loss), _lower(one.loss)])
+                rows.append([one.second.label, *both, numbers.loss(one.loss), _lower(one.loss)])
         heads = ("against", "SMT's loss", "its loss", "SMT less it (95 %)", "SMT's is")
         fault = f"**Nothing may be concluded here: {task.control.fault}.**" if rows and task.control.fault else ""
         parts.append(section(f"### {task.name}: loss", fault, table(heads, rows)))

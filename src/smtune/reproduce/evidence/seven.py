@@ -14,7 +14,7 @@ from smtune.reproduce.dry import seconds_of_cell
 from smtune.reproduce.evidence.claims import CLAIMS, SMALL
 from smtune.reproduce.evidence.contrasts import Design
 from smtune.reproduce.evidence.tasks import Task
-from smtune.reproduce.evidence.words import DASH
+from smtune.reproduce.numbers import DASH
 from smtune.reproduce.train import count_steps
 
 MODEL, RATES, MOST = "llama-7b", 5, 50

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from smtune.evaluation.statistics import Estimate, mean_over_seeds
 from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.reproduce import numbers
 from smtune.reproduce.cells import Record
 from smtune.reproduce.declared import load_experiment
 from smtune.reproduce.evidence import words
@@ -15,8 +16,9 @@ from smtune.reproduce.evidence.contrasts import Contrast, contrast, paired
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.evidence.sections import contrast_table
 from smtune.reproduce.evidence.tasks import BUDGET, Task, not_run
-from smtune.reproduce.evidence.words import DASH, Links
+from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, overlap, overlap_by_chance
+from smtune.reproduce.numbers import DASH
 from smtune.selection import Plan
 
 NOT_RUN = "Not run yet."
@@ -61,7 +63,7 @@ def _equal_time(task: Task, links: Links) -> list[str]:
     scored = [record["measured"]["preparing_seconds"] / _working_seconds(record) for record in first.records]
     lead = (
         f"{first.label}: {links.cells(task.results, first.records)}. Building the arm and scoring took "
-        f"{words.percent(fmean(scored), 2)} of the seconds in which its cells built, scored and trained."
+        f"{numbers.percent(fmean(scored), 2)} of the seconds in which its cells built, scored and trained."
     )
     return [lead, _fault(task), contrast_table(task, contrasts, links), _left(others)]
 
@@ -85,7 +87,7 @@ def _memory(tiers: Sequence[Results], links: Links) -> list[str]:
                 total = arm.records[0]["metrics"]["total"]
                 ratio = f"{100 * (own / total - 1):+.1f} %".replace("-", "−") if arm is not smt else DASH
                 cells = links.cells(results, arm.records)
-                rows.append([words.name(arm, with_budget=True), words.gigabytes(total), ratio, cells])
+                rows.append([words.name(arm, with_budget=True), numbers.gigabytes(total), ratio, cells])
             heads = ("arm", "a step, counted", "SMT 0.84 % against it", "cells")
             parts.append(section(f"### Memory of a step: {results.tier.name}, {model}", table(heads, rows)))
     return parts or [f"### Memory of a step\n\n{NOT_RUN}"]
@@ -126,7 +128,7 @@ def _overlaps(task: Task, links: Links) -> list[str]:
         word = "more than chance" if shared.low > chance else "not told from chance"
         word = "less than chance" if shared.high < chance else word
         cells = links.cells(task.results, [record for pair in both for record in pair])
-        rows.append([label, words.share(shared), words.percent(chance), len(plans), f"*{word}*", cells])
+        rows.append([label, numbers.share(shared), numbers.percent(chance), len(plans), f"*{word}*", cells])
     heads = ("plans", "overlap (95 % over pairs)", "by chance", "pairs", "", "cells")
     return [table(heads, rows), _left(arms)]
 
@@ -200,9 +202,9 @@ def _forgotten(task: Task, links: Links, pictures: dict[str, str]) -> list[str]:
             [
                 arm.label,
                 f"{fmean(distances):.2f}" if distances else DASH,
-                words.loss(_rise(arm, base, "other_text_loss")),
+                numbers.loss(_rise(arm, base, "other_text_loss")),
                 _other_task(arm, base),
-                words.loss(less),
+                numbers.loss(less),
                 f"*{word}*" if less is not None else word,
                 links.cells(task.results, arm.records),
             ]
@@ -221,7 +223,7 @@ def _other_task(arm: Found, base: Found) -> str:
         found = [(record["metrics"].get("other_task_losses") or {}).get(name) for record in arm.records]
         rises = [value - loss for value in found if value is not None and loss is not None]
         if rises:
-            texts.append(f"{name} {words.loss(mean_over_seeds(rises))}")
+            texts.append(f"{name} {numbers.loss(mean_over_seeds(rises))}")
     return ", ".join(texts) or DASH
 
 
@@ -236,7 +238,7 @@ def _sequence(task: Task, links: Links) -> list[str]:
         first = task.results.tests(task.family)
         after = accuracies(arm.records)
         before = accuracies(alone.records) if alone is not None and alone.records else {}
-        lost = words.points(_lost(arm, alone, first)) if before and alone is not None else DASH
+        lost = numbers.points(_lost(arm, alone, first)) if before and alone is not None else DASH
         rows.append(
             [
                 arm.label,
