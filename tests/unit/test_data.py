@@ -640,15 +640,13 @@ def test_arithmetic_refuses(arguments, message):
 def test_comparison_answers_follow_from_the_question():
     records = comparison(1000, seed=4)
     for record in records:
-        a, b, asked = map(int, re.findall(r"\d+", record["instruction"]))
-        line, last = record["output"].split("\n")
-        is_sum = re.search("gets|bought", record["instruction"]) is not None
-        result, other = (a + b, a - b) if is_sum else (a - b, a + b)
-        assert line == f"{a} {'+' if is_sum else '-'} {b} = {result}"
-        assert asked in (result, other)
-        assert record["answer"] == str(asked == result).lower()
-        assert last == f"the correct answer is {record['answer']}"
-    assert 400 < sum(record["answer"] == "true" for record in records) < 600
+        asked, options = record["instruction"].split("?")
+        numbers = [int(number) for number in re.findall(r"Answer\d: (\d+)", options)]
+        right = max(numbers) if "larger" in asked else min(numbers)
+        assert ("larger" in asked) != ("smaller" in asked)
+        assert record["answer"] == f"answer{1 + numbers.index(right)}"
+        assert record["output"] == f"The answer is {right}.\nthe correct answer is {record['answer']}"
+    assert 400 < sum(record["answer"] == "answer1" for record in records) < 600
 
 
 def test_comparison_splits_share_no_question_and_are_drawn_by_seed():

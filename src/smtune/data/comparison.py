@@ -1,36 +1,30 @@
-"""A procedural true-or-false task: whether a number given is what a sum in words comes to.
+"""A procedural task with two options: which of two numbers is larger, or smaller.
 
-The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' BoolQ. Half of the numbers are
-wrong: what the other of the two sums would give. Blind guessing gets half of the questions. The answer is preceded by
-the sum: a small model cannot do both at once. Whether a question belongs to training or to testing is decided by its
-hash. Imports, of this package, `arithmetic`.
+The counterpart of `arithmetic` for tasks with options, in the format of LLM-Adapters' PIQA. The answer is preceded by
+the number itself: a small model cannot find the number and its place at once. Blind guessing gets half of the
+questions. Whether a question belongs to training or to testing is decided by its hash. Imports, of this package,
+`arithmetic`.
 """
 
 from __future__ import annotations
 
 import random
 
-from smtune.data.arithmetic import MAX_NUMBER, NAMES, OPERATIONS, THINGS, Split, distinct
+from smtune.data.arithmetic import MAX_NUMBER, THINGS, Split, distinct
 
-STORIES = (
-    ("+", "{p} has {a} {things} and gets {b} more."),
-    ("+", "{p} found {a} {things} and bought {b}."),
-    ("-", "{p} has {a} {things} and gives {b} of them to {q}."),
-    ("-", "{p} had {a} {things} and lost {b} of them."),
-)
-"""(sum, what happened)."""
+LARGEST = 3 * MAX_NUMBER
 
 
 def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
-    """`n` different questions, each true or false with equal chance.
+    """`n` different questions, either option right with equal chance.
 
     Args:
         n: how many, 1 to `MAX_PROBLEMS`.
         seed: draws them; the same arguments give the same questions.
         split: "train" or "test"; no question is in both, whatever the other arguments.
     Returns:
-        Records of the instruction shape: `output` is the sum and "the correct answer is true", `answer` "true", `task`
-        "comparison".
+        Records of the instruction shape: `output` is the number and "the correct answer is answer1", `answer`
+        "answer1", `task` "comparison".
     Raises:
         InputError: `n` or `split` is none of these.
     """
@@ -38,22 +32,16 @@ def comparison(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
 
 
 def _question(draw: random.Random) -> dict[str, str]:
-    symbol, story = draw.choice(STORIES)
-    p, q = draw.sample(NAMES, 2)
-    things = draw.choice(THINGS)
-    while True:
-        a, b = draw.randint(2, MAX_NUMBER), draw.randint(2, MAX_NUMBER)
-        result, other = OPERATIONS[symbol](a, b), OPERATIONS["-" if symbol == "+" else "+"](a, b)
-        if result > 0 and other > 0:
-            break
-    holds = draw.random() < 0.5
-    answer, asked = ("true", result) if holds else ("false", other)
+    a, b = draw.sample(range(1, LARGEST + 1), 2)
+    word = draw.choice(("larger", "smaller"))
+    is_first = (a > b) == (word == "larger")
+    answer = "answer1" if is_first else "answer2"
     return {
-        "instruction": "Please answer the following question with true or false, question: "
-        f"{story.format(p=p, q=q, a=a, b=b, things=things)} Does {p} have {asked} {things} now?\n\n"
-        "Answer format: true/false",
+        "instruction": "Please choose the correct answer to the question: "
+        f"Which number of {draw.choice(THINGS)} is {word}?\n\n"
+        f"Answer1: {a} Answer2: {b} Answer format: answer1/answer2",
         "input": "",
-        "output": f"{a} {symbol} {b} = {result}\nthe correct answer is {answer}",
+        "output": f"The answer is {a if is_first else b}.\nthe correct answer is {answer}",
         "answer": answer,
         "task": "comparison",
     }

@@ -90,7 +90,7 @@ TASKS: Mapping[str, Task] = {
         _math("AddSub", "Hosseini et al. 2014", leaked=True),
         _math("AQuA", "Ling et al. 2017, google-deepmind/AQuA", kind="letter"),
         Task("arithmetic", "packaged", "number", "procedural, packaged with smtune", max_new_tokens=64),
-        Task("comparison", "packaged", "label", "procedural, packaged with smtune", per_character=False),
+        Task("comparison", "packaged", "label", "procedural, packaged with smtune", "answer"),
     )
 }
 

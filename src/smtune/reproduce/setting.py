@@ -14,15 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from smtune.data import count_overlap, question_key, read_rows
+from smtune.data import arithmetic, comparison, count_overlap, question_key, read_rows
 from smtune.errors import InputError
-from smtune.evaluation import TASKS, Item, load_items, resolve_tasks
+from smtune.evaluation import TASKS, Item, Task, load_items, resolve_tasks
 from smtune.models import fingerprint
 from smtune.reproduce import mini
 from smtune.reproduce.cells import Record
 from smtune.reproduce.declared import Family, Tier, load_tier
 
 OTHER_TEXT_ROWS = 64
+PROCEDURAL = {"arithmetic": arithmetic, "comparison": comparison}
+"""Of these there are as many items as a tier asks for; the package's files begin alike."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def load_data(setting: Setting, family: str) -> Data:
     train = [row for row in train if question_key(str(row.get("instruction"))) not in asked]
     limit = setting.items or tier.evaluation.items
     folder = None if setting.data is None else Path(setting.data) / tier.tests_folder
-    tests = [item for task in resolve_tasks(declared.tests) for item in load_items(task, folder, limit)]
+    tests = [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit)]
     validation_items = [
         Item(TASKS[row["task"]], place, row["instruction"], row.get("input") or "", str(row["answer"]))
         for place, row in enumerate(validation)
@@ -185,6 +187,13 @@ def _rows(setting: Setting, source: str) -> list[Record]:
     rows = read_rows(Path(setting.data or "") / source if is_file else source)
     stem = Path(source).stem
     return [{"task": stem, **row} if is_file and stem in TASKS else dict(row) for row in rows]
+
+
+def _items(task: Task, folder: Path | None, limit: int | None) -> list[Item]:
+    if limit is None or task.name not in PROCEDURAL:
+        return load_items(task, folder, limit)
+    rows = PROCEDURAL[task.name](limit, split="test")
+    return [Item(task, place, row["instruction"], row["input"], row["answer"]) for place, row in enumerate(rows)]
 
 
 def _question(item: Item) -> Record:
