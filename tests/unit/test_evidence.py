@@ -43,6 +43,13 @@ def no_model(monkeypatch):
     monkeypatch.setattr(setting_module, "weights", lambda setting, model: "made up")
 
 
+@pytest.fixture(autouse=True)
+def few_items(monkeypatch):
+    """The tier asks for N items."""
+    tier = load_tier("mini")
+    monkeypatch.setitem(vars(tier), "evaluation", tier.evaluation.model_copy(update={"items": N}))
+
+
 class Made:
     """A folder of results; `arm` fills in the cells of a row."""
 
@@ -172,8 +179,8 @@ def test_wins_ties_losses_and_what_is_undecided(made):
     assert row(wins, "rsLoRA")[5] == "*loses*"
     assert row(wins, "Full fine-tuning")[5] == "*loses*"
     assert row(wins, "SHiRA")[5] == "*undecided*"
-    assert row(wins, "rsLoRA")[6] == "0.03; the largest tried: not bracketed"
-    assert row(wins, "DoRA")[6] == "0.003"  # bracketed, and nothing is missing
+    assert row(wins, "rsLoRA")[6] == "0.1; the largest tried: not bracketed"
+    assert row(wins, "DoRA")[6] == "0.01"  # bracketed, and nothing is missing
     assert row(wins, "DoRA")[7].count("](../results/reproduce/mini/cells/") == SEEDS
     short = part(text, "## In short")
     assert "*wins*: DoRA: +20.0" in short
@@ -196,7 +203,7 @@ def test_wins_ties_losses_and_what_is_undecided(made):
     n_cells = len(list(made.store.folder.glob("*.jsonl")))
     assert f"| seconds of all cells | {36 * n_cells:,} ({n_cells / 100:.1f} hours) |" in everything
     assert "| packages | torch 2.13.0 |" in everything
-    assert "**0.03: 90 (1.000)**" in row(everything, "rsLoRA")[1]
+    assert "**0.1: 90 (1.000)**" in row(everything, "rsLoRA")[1]
 
 
 def test_fewer_seeds_and_rates_are_said(made):
@@ -206,11 +213,11 @@ def test_fewer_seeds_and_rates_are_said(made):
     made.arm("study-methods", "SHiRA", 60, best=0, rates=1, seeds=1)
     text = made.text()
     wins = part(text, "## Wins, ties and losses")
-    assert row(wins, "DoRA")[6] == f"0.003; 3 of 5 rates, 1 of {SEEDS} seeds"
+    assert row(wins, "DoRA")[6] == f"0.01; 3 of 5 rates, 1 of {SEEDS} seeds"
     effect = row(part(text, "## The paper's claims"), "SMT surpasses DoRA of as many parameters on arithmetic")[4]
     assert effect.endswith(f"; SMT: 1 of {SEEDS} seeds; DoRA: 3 of 5 rates, 1 of {SEEDS} seeds")
-    assert f"rate 0.003; 1 of {SEEDS} seeds." in wins
-    assert row(wins, "SHiRA")[6] == f"0.0003; 1 of 5 rates, 1 of {SEEDS} seeds"  # whether it is bracketed is not known
+    assert f"rate 0.01; 1 of {SEEDS} seeds." in wins
+    assert row(wins, "SHiRA")[6] == f"0.001; 1 of 5 rates, 1 of {SEEDS} seeds"  # whether it is bracketed is not known
     assert row(wins, "DoRA")[2].startswith("+20.0")
 
 
@@ -264,11 +271,22 @@ def test_without_a_control_nothing_is_concluded(made, untuned, full, fault):
 def test_a_control_that_passed(made):
     made.control(10, 150)
     control = part(made.text(), "## The positive control")
-    assert row(control, "mini, choice")[1:8] == ["not run", "not run", "–", "–", "–", "**missing**", "–"]
+    assert row(control, "mini, choice")[1:9] == ["50", "not run", "not run", "–", "–", "–", "**missing**", "–"]
     shown = row(control, "mini, math (arithmetic)")
-    assert shown[1] == "5.0 (2.7 to 9.0)"
-    assert shown[3].startswith("+70.0 (")
-    assert shown[4:7] == ["yes", "yes", "passed"]
+    assert shown[1:3] == ["0", "5.0 (2.7 to 9.0)"]
+    assert shown[4].startswith("+70.0 (")
+    assert shown[5:8] == ["yes", "yes", "passed"]
+
+
+def test_a_gain_up_to_chance_is_none(made):
+    """The untuned model answers in no format, the tuned one guesses."""
+    made.control(10, 110, family="choice")
+    text = made.text()
+    fault = "full fine-tuning is less than 10 points above chance (50 %)"
+    assert f"**Nothing below may be concluded for mini, choice (comparison): {fault}.**" in text
+    shown = row(part(text, "## The positive control"), "mini, choice (comparison)")
+    assert shown[4].startswith("+50.0 (")
+    assert shown[5:8] == ["**no**", "yes", "**failed**"]
 
 
 def test_trials_do_not_count(made):

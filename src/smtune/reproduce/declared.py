@@ -203,11 +203,19 @@ class Size(_Section):
 
 
 class Family(_Section):
-    """A kind of task: sources to train on, tests by name, another text whose loss tells what is forgotten, the size."""
+    """A kind of task.
+
+    Attributes:
+        train: sources to train on. tests: by name.
+        other_text: sources of another text, whose loss tells what is forgotten.
+        chance: the share of the tests that blind guessing gets.
+        size: for the dry run.
+    """
 
     train: list[str]
     tests: list[str]
     other_text: list[str] = []
+    chance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     size: Size = Size(rows=1, tokens=1, items=1, answer_tokens=1)
 
 

@@ -1,6 +1,7 @@
 """The question before all others: does full fine-tuning gain enough on a task, and leave it unsolved?
 
-Where it does not, arms cannot differ by much, and nothing may be concluded from their differences.
+Where it does not, arms cannot differ by much, and nothing may be concluded from their differences. A model that does
+not answer in the format asked for falls below blind guessing; to learn the format is no gain.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Control:
         model, family: which.
         untuned, full: the two arms, run or not.
         gain: full less untuned; None where one has not been run.
+        chance: what blind guessing gets.
     """
 
     model: str
@@ -29,10 +31,7 @@ class Control:
     untuned: Found
     full: Found
     gain: Contrast | None
-
-    @property
-    def has_passed(self) -> bool:
-        return self.gain is not None and self.gain.difference.value >= GAIN and accuracy(self.full) < SOLVED
+    chance: float
 
     @property
     def fault(self) -> str:
@@ -41,7 +40,11 @@ class Control:
             return "the positive control has not been run"
         if self.gain.difference.value < GAIN:
             return f"full fine-tuning gains less than {100 * GAIN:.0f} points"
-        return "" if self.has_passed else f"full fine-tuning solves the task ({100 * SOLVED:.0f} % or more)"
+        if accuracy(self.full) < self.chance + GAIN:
+            return f"full fine-tuning is less than {100 * GAIN:.0f} points above chance ({100 * self.chance:.0f} %)"
+        if accuracy(self.full) >= SOLVED:
+            return f"full fine-tuning solves the task ({100 * SOLVED:.0f} % or more)"
+        return ""
 
 
 def controls(results: Results) -> dict[tuple[str, str], Control]:
@@ -50,6 +53,13 @@ def controls(results: Results) -> dict[tuple[str, str], Control]:
     for found in results.arms(EXPERIMENT):
         by_task.setdefault((found.arm.model, found.arm.family), {})[found.arm.row.method] = found
     return {
-        (model, family): Control(model, family, of["base"], of["full"], contrast(of["full"], of["base"]))
+        (model, family): Control(
+            model,
+            family,
+            of["base"],
+            of["full"],
+            contrast(of["full"], of["base"]),
+            results.tier.families[family].chance,
+        )
         for (model, family), of in by_task.items()
     }
