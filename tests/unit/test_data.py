@@ -642,6 +642,7 @@ def test_comparison_answers_follow_from_the_question():
     for record in records:
         asked, options = record["instruction"].split("?")
         numbers = [int(number) for number in re.findall(r"Answer\d: (\d+)", options)]
+        assert asked.endswith(f", {numbers[0]} or {numbers[1]}")
         right = max(numbers) if "larger" in asked else min(numbers)
         assert ("larger" in asked) != ("smaller" in asked)
         assert record["answer"] == f"answer{1 + numbers.index(right)}"
@@ -653,6 +654,8 @@ def test_comparison_splits_share_no_question_and_are_drawn_by_seed():
     assert count_overlap(comparison(2000), comparison(500, seed=1, split="test")) == 0
     assert comparison(20, seed=1) == comparison(40, seed=1)[:20] != comparison(20, seed=2)
     assert "Got 0." in error_of(comparison, 0)
+    assert len(comparison(1000, seed=3, split="test")) == 1000
+    assert "Expected 1 to 1,000 questions. Got 1,001." in error_of(comparison, 1001, 0, "test")
     assert 'Got "valid"' in error_of(comparison, 1, 0, "valid")
 
 

@@ -92,19 +92,19 @@ def arithmetic(n: int, seed: int = 0, split: Split = "train") -> list[dict[str, 
     Raises:
         InputError: `n` or `split` is none of these.
     """
-    return distinct(_problem, n, split, random.Random(f"{split} {seed}"), "problems")
+    return distinct(_problem, n, split, random.Random(f"{split} {seed}"), "problems", MAX_PROBLEMS)
 
 
 def distinct(
-    make: Callable[[random.Random], dict[str, str]], n: int, split: Split, draw: random.Random, what: str
+    make: Callable[[random.Random], dict[str, str]], n: int, split: Split, draw: random.Random, what: str, most: int
 ) -> list[dict[str, str]]:
     """`n` records that `make` draws, of different questions and all of one split.
 
     Raises:
-        InputError: `n`, of `what`, is not 1 to `MAX_PROBLEMS`, or `split` neither "train" nor "test".
+        InputError: `n`, of `what`, is not 1 to `most`, or `split` neither "train" nor "test".
     """
-    if not 1 <= n <= MAX_PROBLEMS:
-        raise InputError(f"Expected 1 to {MAX_PROBLEMS:,} {what}. Got {n:,}.")
+    if not 1 <= n <= most:
+        raise InputError(f"Expected 1 to {most:,} {what}. Got {n:,}.")
     if split not in ("train", "test"):
         raise InputError(f'Expected a split among train, test. Got "{split}".')
     records: dict[str, dict[str, str]] = {}

@@ -2,8 +2,8 @@
 
 It must know something, so that fine-tuning has something to build on, and be bad at what it is fine-tuned on. So it
 reads sums and comparisons written as such, told quantities without a question, instructions in the Alpaca prompt (sums
-in digits, which of two numbers is larger), and the packaged training texts; word problems, and a choice of two numbers
-by their place, it never sees. Of the packaged texts a tenth is held out, to tell what fine-tuning forgets.
+in digits, which of two numbers is larger), and the packaged training texts, but no question of the two tasks that it is
+fine-tuned on. Of the packaged texts a tenth is held out, to tell what fine-tuning forgets.
 
 The weights are kept in bf16, as published models' are. They come to the same bits on the same machine and threads. The
 package has them; the hash of what was used is in every cell.
