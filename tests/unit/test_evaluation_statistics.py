@@ -2,6 +2,7 @@
 
 import math
 import random
+from statistics import fmean, stdev
 
 import pytest
 
@@ -10,12 +11,29 @@ from smtune.evaluation.statistics import (
     accuracy,
     accuracy_over_seeds,
     difference_over_seeds,
+    difference_over_tests,
     mcnemar,
     mean,
     p_value_of,
     paired_difference,
     verdict,
 )
+
+
+def test_a_seed_answers_all_tests():
+    """On copies of one test the seeds' part must not shrink, as it would if each test had seeds of its own."""
+    draw = random.Random(3)
+    a = [[draw.random() < p for _ in range(400)] for p in (0.3, 0.5, 0.7)]
+    b = [[draw.random() < p for _ in range(400)] for p in (0.2, 0.4, 0.5)]
+    one = difference_over_tests([(a, b)])
+    assert one == difference_over_seeds(a, b)
+    four = difference_over_tests([(a, b)] * 4)
+    assert four.n == 1600
+    assert four.difference.value == pytest.approx(one.difference.value)
+    seeds = math.hypot(*[4.302652729749464 * stdev(map(fmean, runs)) / math.sqrt(3) for runs in (a, b)])
+    items = math.sqrt((one.difference.high - one.difference.value) ** 2 - seeds**2)
+    half = four.difference.high - four.difference.value
+    assert half == pytest.approx(math.hypot(items / 2, seeds), rel=1e-3)  # our quantile is closed
 
 
 def paired(both, only_a, only_b, neither):

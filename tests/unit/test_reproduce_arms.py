@@ -77,6 +77,16 @@ def test_every_arm_learns_to_the_same_bits(method, rows):
     assert all(group["weight_decay"] == 0.0 for group in arm.optimizer.param_groups)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_shira_draws_its_places_by_the_seed():
+    def places(seed):
+        built = arms.build(model(), config("shira", seed=seed), None)
+        layers = (module for module in built.model.modules() if hasattr(module, "shira_indices"))
+        return [layer.shira_indices["default"].tolist() for layer in layers]
+
+    assert places(0) == places(0) != places(1)
+
+
 def test_all_arms_start_at_the_same_loss(rows):
     """Nothing is changed before the first step, and the first batch is the same."""
     first = {method: trained(method, rows)[0][0] for method in ("smt", "lora", "dora", "sift", "full")}

@@ -213,7 +213,9 @@ def _lora(label: str, kinds: list[str], percent: float = EQUAL, dora: bool = Fal
 
 def _shira(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
     rank = _rank(model, setting, list(QKV))
-    return wrapped(model, peft.ShiraConfig(r=rank, target_modules=list(QKV), random_seed=0), "SHiRA")
+    # PEFT draws the places in each layer from this seed, so matrices of one shape have the same.
+    config = peft.ShiraConfig(r=rank, target_modules=list(QKV), random_seed=torch.initial_seed())
+    return wrapped(model, config, "SHiRA")
 
 
 def _share(model: nn.Module, setting: Setting) -> float:

@@ -11,6 +11,9 @@ from typing import Literal
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 
+Runs = Sequence[Sequence[bool]]
+"""Of each seed, which items are right."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -120,7 +123,7 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Verdict = Literal["better", "worse", "tie", "undecided"]
 
 
-def accuracy_over_seeds(runs: Sequence[Sequence[bool]]) -> Estimate:
+def accuracy_over_seeds(runs: Runs) -> Estimate:
     """Mean accuracy of runs that differ in their seed alone, over the same n items.
 
     The interval has two parts, added in quadrature: Wilson's for the items at the mean accuracy, and Student's for the
@@ -153,7 +156,7 @@ class SeedsDifference:
     p_value: float
 
 
-def difference_over_seeds(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]]) -> SeedsDifference:
+def difference_over_seeds(a: Runs, b: Runs) -> SeedsDifference:
     """Compares two arms item by item, each the mean over its own seeds.
 
     The interval adds the paired standard error over items and Student's interval of each arm's mean over seeds in
@@ -163,11 +166,37 @@ def difference_over_seeds(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool
     if len(a) == len(b) == 1:
         paired = paired_difference(a[0], b[0])
         return SeedsDifference(paired.n, paired.difference, paired.p_value)
-    n = len(a[0])
-    differences = [fmean(right) - fmean(other) for right, other in zip(zip(*a), zip(*b))]
-    value = fmean(differences)
+    value = fmean(map(fmean, a)) - fmean(map(fmean, b))
     seeds = [_of_seeds([fmean(run) for run in runs]) for runs in (a, b)]
-    half = math.hypot(Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else 1.0, *seeds)
+    half = math.hypot(_of_items(a, b), *seeds)
+    estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
+    return SeedsDifference(len(a[0]), estimate, p_value_of(estimate))
+
+
+def _of_items(a: Runs, b: Runs) -> float:
+    """Half of the interval over items of the paired difference of two arms, each the mean over its seeds."""
+    differences = [fmean(right) - fmean(other) for right, other in zip(zip(*a), zip(*b))]
+    return Z_95 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 1.0
+
+
+def difference_over_tests(tests: Sequence[tuple[Runs, Runs]]) -> SeedsDifference:
+    """`difference_over_seeds` of the unweighted mean over tests; a seed's model answers all of them.
+
+    So the items' part is of independent tests, and the seeds' part of each run's mean over them.
+
+    Args:
+        tests: the runs of the two arms on each, seeds in the same order on all.
+    """
+    found = [difference_over_seeds(a, b) for a, b in tests]
+    n = sum(each.n for each in found)
+    if len(found) == 1:
+        return found[0]
+    if all(len(a) == len(b) == 1 for a, b in tests):
+        total = mean([each.difference for each in found])
+        return SeedsDifference(n, total, p_value_of(total))
+    value = fmean(each.difference.value for each in found)
+    seeds = [_of_seeds([fmean(map(fmean, runs)) for runs in zip(*arm)]) for arm in zip(*tests)]
+    half = math.hypot(*[_of_items(a, b) / len(found) for a, b in tests], *seeds)
     estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
     return SeedsDifference(n, estimate, p_value_of(estimate))
 
@@ -227,7 +256,7 @@ def smallest_difference(item_deviation: float, n_items: int, seed_deviation: flo
     return math.hypot(Z_95 * items, quantile * seeds) + Z_80 * math.hypot(items, seeds)
 
 
-def _check_runs(runs: Sequence[Sequence[bool]]) -> None:
+def _check_runs(runs: Runs) -> None:
     if not runs or not runs[0] or len({len(run) for run in runs}) > 1:
         raise ValueError(f"Expected runs over the same items. Got {[len(run) for run in runs]} items.")
 

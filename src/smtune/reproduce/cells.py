@@ -130,13 +130,20 @@ def arms(
                 if row.models is not None and model not in row.models:
                     continue
                 for budget in [1.0] if row.method in UNBUDGETED else row.budgets:
+                    other = row.then or row.scored_on
+                    further = base(model, other).get("data") if other is not None else None
                     varies = experiment.layout == "overlap" or (experiment.kind == "train" and row.method != "base")
                     yield Arm(
                         row=row,
                         model=model,
                         family=family,
                         budget=budget,
-                        fixed={"kind": experiment.kind, **base(model, family), **_of_row(row, budget)},
+                        fixed={
+                            "kind": experiment.kind,
+                            **base(model, family),
+                            **_of_row(row, budget),
+                            **_given({"further_data": further}),
+                        },
                         rates=tier.rates(experiment, row),
                         seeds=seeds if varies else seeds[:1],
                     )

@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from smtune.evaluation import accuracy_over_seeds, difference_over_seeds, verdict
-from smtune.evaluation.statistics import Estimate, mean, p_value_of
+from smtune.evaluation import accuracy_over_seeds, verdict
+from smtune.evaluation.statistics import Estimate, difference_over_tests, mean
 from smtune.files import write_text
 from smtune.maps.layout import projections
 from smtune.report import accuracy_bars, block_map, projection_shares
 from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
-from smtune.reproduce.cells import Arm, Record, budget_text
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record, budget_text
 from smtune.reproduce.declared import Experiment, Row
 from smtune.reproduce.numbers import DASH, p_text, points
 from smtune.reproduce.run import Request
@@ -132,6 +132,9 @@ def _how(result: Result) -> str:
         "whole interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on "
         "held-out text of another kind."
     )
+    own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
+    if own:
+        text += f" Steps of their own: {', '.join(own)}."
     leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
     if leaked:
         text += f" † questions of {', '.join(leaked)} are among the training rows too."
@@ -440,23 +443,20 @@ def right(record: Record) -> dict[str, list[bool]]:
 def difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[Estimate, float]:
     """Accuracy of arm a less that of b, the mean over the tests of both with its interval; and its p-value."""
     runs_a, runs_b = ([right(record) for record in records] for records in (a, b))
-    found = [
-        difference_over_seeds([run[test] for run in runs_a], [run[test] for run in runs_b])
-        for test in runs_a[0]
-        if test in runs_b[0]
-    ]
-    total = mean([each.difference for each in found])
-    return total, found[0].p_value if len(found) == 1 else p_value_of(total)
+    tests = [test for test in runs_a[0] if test in runs_b[0]]
+    found = difference_over_tests([([run[test] for run in runs_a], [run[test] for run in runs_b]) for test in tests])
+    return found.difference, found.p_value
 
 
 def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
-    """The difference from SMT of the same budget, model and family, or of the first SMT there is."""
+    """The difference from SMT of the same model, family and budget; of an arm without a budget, from the first SMT."""
     others = [
         (other, found)
         for other, found in result.present
-        if (other.family, other.model, other.row.method) == (arm.family, arm.model, "smt") and not _is_variant(other)
+        if (other.family, other.model, other.row.method) == (arm.family, arm.model, "smt")
+        and not _is_variant(other)
+        and (other.budget == arm.budget or arm.row.method in UNBUDGETED)
     ]
-    others.sort(key=lambda pair: pair[0].budget != arm.budget)
     if not others or others[0][0] is arm:
         return DASH
     total, p_value = difference(records, others[0][1])

@@ -99,8 +99,8 @@ def _page(evidence: Evidence, found: Sequence[Task], links: Links, pictures: dic
     is typed in. A link of six characters is a cell: its configuration, environment, metrics and every answered item."""
     claims_text = """Every claim with how it is tested here. *holds*, *does not hold*: the whole interval is on its
     side, or on the other; where the paper prints 2 points or more, or no figure, a tie (all of it within ±2) does not
-    hold. *undecided*: neither. Models here are far smaller than the paper's: what does not hold here may hold
-    there, and the other way round."""
+    hold. A claim to be as good *holds* where the whole interval lies above −2 points. *undecided*: neither. Models here
+    are far smaller than the paper's: what does not hold here may hold there, and the other way round."""
     if evidence.benchmarks is not None:
         claims_text += f" Claims about time are judged from the records of `smtune bench`, {links.bench}."
     doubts_text = """What reviewers and later papers say, put as claims."""

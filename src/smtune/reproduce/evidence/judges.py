@@ -320,15 +320,15 @@ Test = Better | Trend | Places | Counted | Timed
 
 def _above_zero(difference: Estimate, claimed: float) -> str:
     """Of a claim that a difference is above zero; a tie refutes one that is said to be as large as a tie's margin."""
-    if difference.low > 0:
-        return HOLDS
     is_tie = claimed >= TIE and difference.low >= -TIE and difference.high <= TIE
-    return DOES_NOT if difference.high < 0 or is_tie else UNDECIDED
+    if difference.high < 0 or is_tie:
+        return DOES_NOT
+    return HOLDS if difference.low > 0 else UNDECIDED
 
 
 def _as_good(difference: Estimate) -> str:
     """Of a claim that an arm is no more than the margin of a tie worse."""
-    return HOLDS if difference.low >= -TIE else DOES_NOT if difference.high < 0 else UNDECIDED
+    return HOLDS if difference.low >= -TIE else DOES_NOT if difference.high < -TIE else UNDECIDED
 
 
 def _gated(

@@ -52,9 +52,11 @@ class Found:
 
     @property
     def lacks(self) -> str:
-        """What is missing of the seeds and rates that are declared, in words; "" where nothing is."""
+        """What is missing of the seeds, rates and steps that are declared, in words; "" where nothing is."""
         texts = [f"{len(self.swept)} of {len(self.arm.rates)} rates"] * (len(self.swept) < len(self.arm.rates))
         texts += [f"{len(self.records)} of {self.n_seeds} seeds"] * (len(self.records) < self.n_seeds)
+        n_stopped = sum(not record["metrics"].get("finite", True) for record in self.records)
+        texts += [f"{n_stopped} stopped at a loss that is not finite"] * (n_stopped > 0)
         return ", ".join(texts)
 
     @property
@@ -159,7 +161,7 @@ def _most_complete(whole: list[Record]) -> dict[tuple[str, str], dict[str, Any]]
     items: Counter[str] = Counter()
     for record in whole:
         config = record["config"]
-        if config["kind"] == "memory":
+        if config["kind"] == "memory" or "then" in config:  # the latter has the items of two families
             continue
         content = json.dumps({key: config[key] for key in CONTENT}, sort_keys=True)
         cells.setdefault((config["model"], config["family"]), Counter())[content] += 1

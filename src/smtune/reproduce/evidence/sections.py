@@ -171,7 +171,8 @@ def wins_section(tasks: Sequence[Task], links: Links, pictures: dict[str, str]) 
     points, mean over seeds, 95 % interval over items (paired) and seeds. Each arm is at its own best learning rate by
     held-out training rows. *wins*, *loses*: the whole interval is on one side of zero. *ties*: all of it lies within
     ±{100 * TIE:.0f} points. *undecided*: neither. p (Holm): adjusted for all comparisons of a table. Of an arm with one
-    seed the interval knows the items alone, and is too narrow."""
+    seed the interval knows the items alone, and is too narrow. Ranks are whole numbers, so LoRA's kin train somewhat
+    more or less than SMT: *trained*."""
     parts = []
     for task in tasks:
         if task.smt is None:

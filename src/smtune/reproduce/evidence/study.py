@@ -9,13 +9,13 @@ from statistics import fmean
 from smtune.evaluation.statistics import Estimate, mean_over_seeds
 from smtune.report.benchmarks.markdown import prose, section, table
 from smtune.reproduce import numbers
-from smtune.reproduce.cells import Record
+from smtune.reproduce.cells import Cell, Record
 from smtune.reproduce.declared import load_experiment
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.contrasts import Contrast, contrast, paired
 from smtune.reproduce.evidence.records import Found, Results
-from smtune.reproduce.evidence.sections import contrast_table
-from smtune.reproduce.evidence.tasks import BUDGET, Task, not_run
+from smtune.reproduce.evidence.sections import SIGNIFICANT, contrast_table
+from smtune.reproduce.evidence.tasks import BUDGET, Task, adjusted, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, overlap, overlap_by_chance
 from smtune.reproduce.numbers import DASH
@@ -44,8 +44,10 @@ def _fault(task: Task) -> str:
 
 def equal_section(tasks: Sequence[Task], tiers: Sequence[Results], links: Links) -> str:
     """SMT against others given the same time, and what a step of each takes of memory."""
-    text = """Steps are cut so that every arm takes as long as LoRA does, SMT's scoring counted, by measured ratios
-    that the experiment `study-equal` names. Memory is counted, not measured: `smtune reproduce memory`."""
+    text = """Steps are cut so that every arm takes as long as LoRA does, SMT's scoring counted, by the ratios of
+    SmolLM2-135M that the experiment `study-equal` names; the seconds that the cells took stand with them. *SMT, memory
+    of LoRA* has as many steps as LoRA and as many blocks as fit into LoRA's memory, which is counted, not measured:
+    `smtune reproduce memory`."""
     return section(
         "## Equal time, equal memory",
         prose(text),
@@ -65,7 +67,9 @@ def _equal_time(task: Task, links: Links) -> list[str]:
         f"{first.label}: {links.cells(task.results, first.records)}. Building the arm and scoring took "
         f"{numbers.percent(fmean(scored), 2)} of the seconds in which its cells built, scored and trained."
     )
-    return [lead, _fault(task), contrast_table(task, contrasts, links), _left(others)]
+    seconds = [f"{arm.label} {fmean(map(_working_seconds, arm.records)):.1f}" for arm in arms if arm.records]
+    taken = f"Seconds of building, scoring and training, two cells at a time: {', '.join(seconds)}."
+    return [lead, taken, _fault(task), contrast_table(task, contrasts, links), _left(others)]
 
 
 def _working_seconds(record: Record) -> float:
@@ -234,11 +238,11 @@ def _sequence(task: Task, links: Links) -> list[str]:
     for arm in arms:
         if not arm.records:
             continue
-        alone = task.smt if _is_smt(arm) else next((each for each in task.rivals if _is_same(each, arm)), None)
+        alone = _before(arm, task.results)
         first = task.results.tests(task.family)
         after = accuracies(arm.records)
-        before = accuracies(alone.records) if alone is not None and alone.records else {}
-        lost = numbers.points(_lost(arm, alone, first)) if before and alone is not None else DASH
+        before = accuracies(alone.records) if alone.records else {}
+        lost = numbers.points(_lost(arm, alone, first)) if before else DASH
         rows.append(
             [
                 arm.label,
@@ -246,7 +250,7 @@ def _sequence(task: Task, links: Links) -> list[str]:
                 _mean(after, first),
                 lost,
                 _mean(after, [test for test in after if test not in first]),
-                links.cells(task.results, [*arm.records, *(alone.records if alone is not None else [])]),
+                links.cells(task.results, [*arm.records, *alone.records]),
             ]
         )
     heads = (
@@ -260,14 +264,14 @@ def _sequence(task: Task, links: Links) -> list[str]:
     return [table(heads, rows), _left(arms)] if rows else []
 
 
-def _is_smt(arm: Found) -> bool:
-    return arm.arm.row.method == "smt" and not arm.arm.row.shuffled
-
-
-def _is_same(arm: Found, other: Found) -> bool:
-    """Whether two arms differ in what they are trained on afterwards alone."""
-    without = {key: value for key, value in other.arm.fixed.items() if key != "then"}
-    return dict(arm.arm.fixed) == without
+def _before(arm: Found, results: Results) -> Found:
+    """The same arm, rate and seeds without what came afterwards: those of them that were run."""
+    configs = [
+        {key: value for key, value in record["config"].items() if key not in ("then", "further_data")}
+        for record in arm.records
+    ]
+    found = [record for config in configs if (record := results.find(Cell(config, ""))) is not None]
+    return Found(arm.arm, found, {}, len(found))
 
 
 def _lost(after: Found, before: Found, tests: Sequence[str]) -> Estimate:
@@ -316,7 +320,10 @@ def _variants(task: Task, experiment: str, reference: str, links: Links) -> list
     contrasts: list[Contrast] = [one for arm in others if (one := contrast(arm, against))]
     if not contrasts:
         return []
-    found = {word: [one.first.label for one in contrasts if one.verdict == word] for word in ("better", "worse")}
+    found: dict[str, list[str]] = {"better": [], "worse": []}
+    for one, p in zip(contrasts, adjusted(contrasts)):
+        if one.verdict in found:
+            found[one.verdict].append(one.first.label + ", not after Holm" * (p >= SIGNIFICANT))
     told = [f"{word}: {words.listed(labels)}" for word, labels in found.items() if labels]
     pruned = load_experiment(experiment).pruned if task.results.tier.scale == "embedded" else None
     rates = ", ".join(f"{rate:g}" for rate in pruned.learning_rates) if pruned else ""
