@@ -47,7 +47,7 @@ def curves(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if len(series) > 1:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
     clean(axes)
     set_title(axes, title)
     return save(figure, Path(path))

@@ -1,4 +1,4 @@
-"""Differences with their intervals, one below the other; and one value against another with both intervals.
+"""Values and differences with their intervals, one below the other; and one value against another with both.
 
 Imports matplotlib, `smtune.maps` and `smtune.evaluation.statistics`.
 """
@@ -52,6 +52,36 @@ def forest(
     return save(figure, Path(path))
 
 
+def dots(panels: Mapping[str, Mapping[str, Estimate]], path: str | os.PathLike, *, x: str, title: str) -> Figure:
+    """A dot with its 95 % interval for each value, in panels above one another that share their axis.
+
+    Args:
+        panels: values by label, from the top, as fractions; by the panel's title, which may be "".
+        path: of the file to write.
+        x: what they are.
+        title: above the figure.
+    """
+    n_rows = [max(1, len(values)) for values in panels.values()]
+    figure = new_figure(8.0, 1.1 + 0.27 * sum(n_rows) + 0.35 * len(panels))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=n_rows)[:, 0]
+    for axes, (heading, values) in zip(all_axes, panels.items()):
+        for place, estimate in enumerate(values.values()):
+            value = 100 * estimate.value
+            reach = [[value - 100 * estimate.low], [100 * estimate.high - value]]
+            axes.errorbar([value], [place], xerr=reach, fmt="o", color=COLOURS[0], markersize=5, capsize=2.5)
+            axes.annotate(f"{value:.1f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axes.set_yticks(range(len(values)), list(values), fontsize=9)
+        axes.set_ylim(len(values) - 0.4, -0.7)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(heading, loc="left", fontsize=9, color=GREY)
+        clean(axes)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    all_axes[-1].set_xlabel(x)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return save(figure, Path(path))
+
+
 def scatter(
     points: Mapping[str, tuple[Estimate, Estimate]],
     path: str | os.PathLike,
@@ -88,7 +118,7 @@ def scatter(
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     clean(axes)
     set_title(axes, title, subtitle)
     return save(figure, Path(path))

@@ -18,9 +18,10 @@ from smtune.evaluation import accuracy_over_seeds, verdict
 from smtune.evaluation.statistics import Estimate, difference_over_tests, mean
 from smtune.files import write_text
 from smtune.maps.layout import projections
-from smtune.report import accuracy_bars, block_map, projection_shares
+from smtune.report import block_map, projection_shares
 from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
+from smtune.report.forest import dots
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, budget_text
 from smtune.reproduce.declared import Experiment, Row
 from smtune.reproduce.numbers import DASH, p_text, points
@@ -325,9 +326,13 @@ def _holds(yes: bool) -> str:
 
 def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
     path, rates = (folder / f"{result.experiment.name}{end}.png" for end in ("", "-rates"))
-    accuracy_bars(
-        {_name(arm, result): accuracies(records) for arm, records in result.present}, path, title=_title(result)
-    )
+    panels: dict[str, dict[str, Estimate]] = {}
+    several = len({arm.model for arm, _ in result.present}) > 1
+    for arm, records in result.present:
+        heading = f"{arm.family}, {arm.model}" if several else arm.family
+        panels.setdefault(heading, {})[arm.row.label] = mean(list(accuracies(records).values()))
+    if panels:
+        dots(panels, path, x="accuracy, %, with 95 % interval", title=_title(result))
     swept = {}
     for arm in result.arms:
         found = [(rate, result.store.find(cell)) for rate, cell in zip(arm.rates, arm.sweep())]
