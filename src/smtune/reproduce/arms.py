@@ -75,7 +75,6 @@ def build(
     subject = Subject(config["model"], config["block_size"], batch=1, llama=None)
     setting = bench.Setting(subject, config["dtype"], device=str(next(model.parameters()).device), plan=like)
     first = next(iter(batches)) if method == "sift" and batches is not None else {}
-    torch.manual_seed(config["seed"])
     return bench.build(method, setting, model, first, seed=config["seed"])
 
 

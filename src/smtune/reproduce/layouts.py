@@ -58,7 +58,7 @@ class Result:
 
 
 def collect(experiment: Experiment, request: Request, store: Store) -> Result:
-    """Read what the store has of an experiment. With a limit of cells, of those only."""
+    """Read what the store has of an experiment."""
     arms = request.arms(experiment)
     counts = [sum(store.find(cell) is not None for cell in arm.cells(store.find)) for arm in arms]
     return Result(experiment, request, arms, [arm.chosen(store.find) for arm in arms], counts, store)
