@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from smtune.bench import arms as bench
 from smtune.data import Collator
 from smtune.reproduce import arms, variants
 from smtune.reproduce.memory import prepared
@@ -168,6 +169,43 @@ def test_whole_rows_are_those_of_largest_gradient_and_the_rest_stays(rows):
     }
     assert moved == wanted
     assert sum(parameter.numel() for parameter in arm.trained) == 640
+
+
+def test_a_block_in_the_gradients_basis_is_trained_as_by_autograd(rows):
+    """The twin: U C Vᵀ added in every forward, C a parameter. And nothing moves outside the basis."""
+    settings = config(method="smt-basis")
+    net = model()
+    before = {name: weight.detach().clone() for name, weight in weights(net).items()}
+    sums = {name: g.sum(0) for name, g in gradients(net, rows).items()}
+    arm = arms.build(net, settings, stream(rows))
+    losses, _ = fit(arm, stream(rows), RECIPE, 4, 1e-2)
+
+    sizes = [values.shape[0] for values in arm.trained]
+    spectra = {name: torch.linalg.svd(total) for name, total in sums.items()}
+    wanted, left_over = dict.fromkeys(spectra, 0), 640
+    while fitting := [name for name, r in wanted.items() if 2 * r + 1 <= left_over]:
+        grows = max(fitting, key=lambda name: spectra[name][1][wanted[name]] / (2 * wanted[name] + 1))
+        left_over -= 2 * wanted[grows] + 1
+        wanted[grows] += 1
+    assert sizes == list(wanted.values())
+
+    twin, cores = model(), []
+    for (name, (left, _, right)), r in zip(spectra.items(), sizes, strict=True):
+        core = torch.nn.Parameter(torch.zeros(r, r))
+        cores.append(core)
+
+        def add(layer, inputs, output, left=left[:, :r], right=right[:r], core=core):
+            return output + inputs[0] @ right.T @ core.T @ left.T
+
+        twin.get_submodule(name).register_forward_hook(add)
+    other, _ = fit(bench.Arm("", "", twin, trained=cores), stream(rows), RECIPE, 4, 1e-2)
+    assert other == pytest.approx(losses, rel=1e-4)
+    for name, (left, _, right) in spectra.items():
+        moved = left.T @ (weights(net)[name].detach() - before[name]) @ right.T
+        r = sizes[list(spectra).index(name)]
+        assert moved[:r, :r].abs().max() > 1e-3
+        moved[:r, :r] = 0
+        assert moved.abs().max() < 1e-5
 
 
 def test_choosing_anew_the_same_blocks_changes_nothing(rows):

@@ -11,10 +11,10 @@ Arms have as many trained parameters as `smt-0.84` of the same model, but for th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from smtune import SMTConfig
 from smtune.bench.floor import end_backward_at
 from smtune.bench.plans import paper_share, random_plan
-from smtune.bench.sift import SparseEntries, sift
+from smtune.bench.sift import sift
 from smtune.bench.subjects import QKV, Subject, attention_inputs
 from smtune.bench.write import train_blocks
 from smtune.errors import InputError, did_you_mean
@@ -235,13 +235,23 @@ def _sift(model: Any, setting: Setting, batch: dict[str, Tensor]) -> Arm:
         name: module.weight for layer in attention_inputs(model) for name, module in layer.items()
     }
     entries = sift(weights, _share(model, setting), backward=lambda: model(**batch).loss.backward())
-    return of_entries("", "SIFT", model, entries)
+    return of_written("", "SIFT", model, entries)
 
 
-def of_entries(name: str, label: str, model: nn.Module, entries: list[SparseEntries]) -> Arm:
-    """An arm that trains single entries of weights and writes them after every step."""
-    arm = Arm(name, label, model, trained=[each.values for each in entries], kept=[each.index for each in entries])
-    arm.after_step([each.write for each in entries])
+class Written(Protocol):
+    """What is trained of a weight apart from it, and written into it after every step."""
+
+    values: nn.Parameter
+    kept: list[Tensor]
+
+    def write(self) -> None: ...
+
+
+def of_written(name: str, label: str, model: nn.Module, parts: Sequence[Written]) -> Arm:
+    """An arm that trains parts of weights apart from them and writes them after every step."""
+    kept = [tensor for part in parts for tensor in part.kept]
+    arm = Arm(name, label, model, trained=[part.values for part in parts], kept=kept)
+    arm.after_step([part.write for part in parts])
     return arm
 
 

@@ -20,11 +20,13 @@ class SparseEntries:
         weight: (O, I), any float dtype.
         index: (k,) int64, flat places in the weight.
         values: (k,) fp32, their values; what the optimizer trains.
+        kept: what is held beside them.
     """
 
     def __init__(self, weight: nn.Parameter, index: Tensor) -> None:
         self.weight = weight
         self.index = index
+        self.kept = [index]
         self.values = nn.Parameter(weight.detach().flatten()[index].float())
         weight.requires_grad_(True)
         weight.register_post_accumulate_grad_hook(self._take_gradient)

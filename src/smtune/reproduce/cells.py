@@ -166,6 +166,7 @@ def _of_row(row: Row, budget: float | int) -> Record:
         "method": row.method,
         "budget": budget,
         **(smt if row.method == "smt" else {}),
+        **({"targets": row.targets} if row.method == "smt-basis" else {}),
         **_given(further),
         **_given({"instead": instead or None}),
     }

@@ -42,6 +42,7 @@ STUDY_PARTS = [
 Method = Literal[
     "base",
     "smt",
+    "smt-basis",
     "lora",
     "lora-all",
     "lora-adapters",
@@ -74,7 +75,8 @@ class Row(_Section):
         method: what is trained; "base" is the untrained model. `smtune.reproduce.arms` builds it.
         budgets: fractions of all parameters, or numbers of blocks; of other methods than SMT, whose number of trained
             parameters they follow as closely as a rank allows.
-        criterion, targets, shares: of SMT: how blocks are scored, in which projections, and shares by group.
+        criterion, targets, shares: of SMT: how blocks are scored, in which projections, and shares by group. The
+            targets are also those of SMT in the gradient's basis.
         shuffled: of SMT: as many blocks in every matrix, at random places.
         block_size, steps, scoring_batches: in place of the tier's.
         optimizer: of SMT: AdamW, or Muon on its blocks.

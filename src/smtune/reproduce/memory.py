@@ -32,7 +32,7 @@ from smtune.selection import Plan
 
 ADAM_MOMENTS = 2
 FP32 = 4
-SPARSE = ("shira", "supertuning", "sift", "rows")
+SPARSE = ("shira", "supertuning", "sift", "rows", "smt-basis")
 
 
 @dataclass(frozen=True)

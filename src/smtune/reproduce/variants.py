@@ -102,6 +102,67 @@ def dense_warmup(
     return plan
 
 
+class BasisBlock:
+    """The leading r × r block of Uᵀ W V, U and V some of the singular vectors of W's gradient: it alone is trained.
+
+    Attributes:
+        values: (r, r) fp32, its distance from the base; what the optimizer trains.
+        kept: U, (O, r), V, (I, r), and the weight's original.
+    """
+
+    def __init__(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
+        self.weight = weight
+        self.values = nn.Parameter(torch.zeros(left.shape[1], right.shape[1], device=weight.device))
+        self.kept = [left, right, weight.detach().clone()]
+        weight.requires_grad_(True)
+        weight.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def _take_gradient(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        left, right, _ = self.kept
+        gradient = left.T @ weight.grad.float() @ right
+        weight.grad = None
+        self.values.grad = gradient if self.values.grad is None else self.values.grad.add_(gradient)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the trained values into the weight."""
+        left, right, original = self.kept
+        self.weight.copy_(original.float() + left @ self.values @ right.T)
+
+
+def in_gradient_basis(
+    model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch], count: int
+) -> list[BasisBlock]:
+    """Train a block of every weight in the basis of its gradient's singular vectors, where the gradient is diagonal.
+
+    A block of r² parameters holds the r largest singular values. The sizes are chosen greedily over all weights: next
+    grows the block whose singular value is largest for the 2r + 1 parameters that it costs.
+
+    Args:
+        config: for the layers and the number of batches.
+        count: parameters to train, at most.
+    """
+    weights = weights_of(model, smtune.score_blocks(model, None, config))
+    sums, _, _ = gradient_sums(model, weights, itertools.islice(batches, config.warmup_steps))
+    bases = {name: torch.linalg.svd(total.float(), full_matrices=False) for name, total in sums.items()}
+    gains = [
+        (-value / (2 * r + 1), order, name)
+        for order, (name, (_, singular, _)) in enumerate(bases.items())
+        for r, value in enumerate(singular.tolist())
+    ]
+    sizes = dict.fromkeys(bases, 0)
+    for _, _, name in sorted(gains):
+        if 2 * sizes[name] + 1 <= count:
+            count -= 2 * sizes[name] + 1
+            sizes[name] += 1
+    return [
+        BasisBlock(weights[name], left[:, :r].clone(), right[:r].T.clone())
+        for name, (left, _, right) in bases.items()
+        if (r := sizes[name])
+    ]
+
+
 def whole_rows(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch], count: int) -> list[SparseEntries]:
     """Train single rows of the weights, those of largest mean |Σ gradient|: blocks of one row, so to say.
 
