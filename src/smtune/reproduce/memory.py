@@ -96,6 +96,7 @@ def count(architecture: PreTrainedConfig, config: Mapping[str, Any], rows: int, 
         for layer in attention_inputs(model):
             for module in layer.values():
                 module.weight.requires_grad_(True)
+                originals += module.weight.nbytes if method == "smt-basis" else 0
     elif method != "base":
         with torch.device("meta"):
             arm = arms.build(model, config, None, plan)
