@@ -25,6 +25,7 @@ STUDY_PARTS = [
     f"{STUDY}-{part}"
     for part in (
         "control",
+        "short",
         "criteria",
         "methods",
         "budgets",
