@@ -14,7 +14,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import peft
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from smtune import SMTConfig
 from smtune.bench.floor import end_backward_at
+from smtune.bench.parts import WeightPart
 from smtune.bench.plans import paper_share, random_plan
 from smtune.bench.sift import sift
 from smtune.bench.subjects import QKV, Subject, attention_inputs
@@ -235,19 +236,10 @@ def _sift(model: Any, setting: Setting, batch: dict[str, Tensor]) -> Arm:
         name: module.weight for layer in attention_inputs(model) for name, module in layer.items()
     }
     entries = sift(weights, _share(model, setting), backward=lambda: model(**batch).loss.backward())
-    return of_written("", "SIFT", model, entries)
+    return of_parts("", "SIFT", model, entries)
 
 
-class Written(Protocol):
-    """What is trained of a weight apart from it, and written into it after every step."""
-
-    values: nn.Parameter
-    kept: list[Tensor]
-
-    def write(self) -> None: ...
-
-
-def of_written(name: str, label: str, model: nn.Module, parts: Sequence[Written]) -> Arm:
+def of_parts(name: str, label: str, model: nn.Module, parts: Sequence[WeightPart]) -> Arm:
     """An arm that trains parts of weights apart from them and writes them after every step."""
     kept = [tensor for part in parts for tensor in part.kept]
     arm = Arm(name, label, model, trained=[part.values for part in parts], kept=kept)

@@ -12,34 +12,25 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from smtune.bench.parts import WeightPart
 
-class SparseEntries:
+
+class SparseEntries(WeightPart):
     """The trained entries of one weight.
 
     Attributes:
-        weight: (O, I), any float dtype.
-        index: (k,) int64, flat places in the weight.
-        values: (k,) fp32, their values; what the optimizer trains.
-        kept: what is held beside them.
+        index: (k,) int64, flat places in the weight; `values` are those there.
     """
 
     def __init__(self, weight: nn.Parameter, index: Tensor) -> None:
-        self.weight = weight
+        super().__init__(weight, weight.detach().flatten()[index].float(), kept=[index])
         self.index = index
-        self.kept = [index]
-        self.values = nn.Parameter(weight.detach().flatten()[index].float())
-        weight.requires_grad_(True)
-        weight.register_post_accumulate_grad_hook(self._take_gradient)
 
-    def _take_gradient(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        gradient = weight.grad.view(-1)[self.index].float()
-        weight.grad = None
-        self.values.grad = gradient if self.values.grad is None else self.values.grad.add_(gradient)
+    def gradient_of(self, gradient: Tensor) -> Tensor:
+        return gradient.view(-1)[self.index].float()
 
     @torch.no_grad()
     def write(self) -> None:
-        """Put the trained values into the weight."""
         self.weight.data.view(-1)[self.index] = self.values.to(self.weight.dtype)
 
 

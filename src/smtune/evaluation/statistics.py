@@ -166,11 +166,7 @@ def difference_over_seeds(a: Runs, b: Runs) -> SeedsDifference:
     if len(a) == len(b) == 1:
         paired = paired_difference(a[0], b[0])
         return SeedsDifference(paired.n, paired.difference, paired.p_value)
-    value = fmean(map(fmean, a)) - fmean(map(fmean, b))
-    seeds = [_of_seeds([fmean(run) for run in runs]) for runs in (a, b)]
-    half = math.hypot(_of_items(a, b), *seeds)
-    estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
-    return SeedsDifference(len(a[0]), estimate, p_value_of(estimate))
+    return _in_quadrature([(a, b)])
 
 
 def _of_items(a: Runs, b: Runs) -> float:
@@ -187,18 +183,24 @@ def difference_over_tests(tests: Sequence[tuple[Runs, Runs]]) -> SeedsDifference
     Args:
         tests: the runs of the two arms on each, seeds in the same order on all.
     """
-    found = [difference_over_seeds(a, b) for a, b in tests]
-    n = sum(each.n for each in found)
-    if len(found) == 1:
-        return found[0]
+    if len(tests) == 1:
+        return difference_over_seeds(*tests[0])
+    for a, b in tests:
+        _check_runs([*a, *b])
     if all(len(a) == len(b) == 1 for a, b in tests):
+        found = [paired_difference(a[0], b[0]) for a, b in tests]
         total = mean([each.difference for each in found])
-        return SeedsDifference(n, total, p_value_of(total))
-    value = fmean(each.difference.value for each in found)
+        return SeedsDifference(sum(each.n for each in found), total, p_value_of(total))
+    return _in_quadrature(tests)
+
+
+def _in_quadrature(tests: Sequence[tuple[Runs, Runs]]) -> SeedsDifference:
+    """The mean over tests; its interval has the items' parts of the tests and the seeds' parts of the two arms."""
+    value = fmean(fmean(map(fmean, a)) - fmean(map(fmean, b)) for a, b in tests)
     seeds = [_of_seeds([fmean(map(fmean, runs)) for runs in zip(*arm)]) for arm in zip(*tests)]
-    half = math.hypot(*[_of_items(a, b) / len(found) for a, b in tests], *seeds)
+    half = math.hypot(*[_of_items(a, b) / len(tests) for a, b in tests], *seeds)
     estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
-    return SeedsDifference(n, estimate, p_value_of(estimate))
+    return SeedsDifference(sum(len(a[0]) for a, _ in tests), estimate, p_value_of(estimate))
 
 
 def p_value_of(difference: Estimate) -> float:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smtune.evaluation.statistics import TIE, Estimate, verdict
@@ -38,16 +39,11 @@ def forest(
         reach = [[value - 100 * estimate.low], [100 * estimate.high - value]]
         colour = OF_VERDICT[verdict(estimate)]
         axes.errorbar([value], [place], xerr=reach, fmt="o", color=colour, markersize=5, elinewidth=1.4, capsize=2.5)
-    axes.set_yticks(range(len(differences)), list(differences), fontsize=9)
-    axes.set_ylim(len(differences) - 0.4, -0.6)
     axes.set_xlabel(x)
-    axes.tick_params(axis="y", length=0)
     for word, colour in OF_VERDICT.items():
         axes.plot([], [], "o", color=colour, markersize=5, label=word)
     figure.legend(loc="outside lower center", ncols=len(OF_VERDICT), frameon=False, fontsize=8)
-    clean(axes)
-    axes.grid(visible=False, axis="y")
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    _label_rows(axes, list(differences))
     set_title(axes, title, subtitle)
     return save(figure, Path(path))
 
@@ -70,16 +66,21 @@ def dots(panels: Mapping[str, Mapping[str, Estimate]], path: str | os.PathLike, 
             reach = [[value - 100 * estimate.low], [100 * estimate.high - value]]
             axes.errorbar([value], [place], xerr=reach, fmt="o", color=COLOURS[0], markersize=5, capsize=2.5)
             axes.annotate(f"{value:.1f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
-        axes.set_yticks(range(len(values)), list(values), fontsize=9)
-        axes.set_ylim(len(values) - 0.4, -0.7)
-        axes.tick_params(axis="y", length=0)
+        _label_rows(axes, list(values), room=0.7)  # for the number above the first dot
         axes.set_title(heading, loc="left", fontsize=9, color=GREY)
-        clean(axes)
-        axes.grid(visible=False, axis="y")
-        axes.grid(axis="x", color=FAINT, linewidth=0.6)
     all_axes[-1].set_xlabel(x)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return save(figure, Path(path))
+
+
+def _label_rows(axes: Axes, labels: Sequence[str], room: float = 0.6) -> None:
+    """Rows at 0, 1, … from the top, with as much room above the first."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set_ylim(len(labels) - 0.4, -room)
+    axes.tick_params(axis="y", length=0)
+    clean(axes)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
 
 
 def scatter(

@@ -70,11 +70,11 @@ def build(
     if method == "rows":
         count = count_plan(model, config).n_params
         entries = variants.whole_rows(model, _smt_config(config, "random"), batches or (), count)
-        return bench.of_written("rows", "whole rows", model, entries)
+        return bench.of_parts("rows", "whole rows", model, entries)
     if method == "smt-basis":
         count = count_plan(model, config).n_params
         blocks = variants.in_gradient_basis(model, _smt_config(config, "random"), batches or (), count)
-        return bench.of_written(method, "SMT in the gradient's basis", model, blocks)
+        return bench.of_parts(method, "SMT in the gradient's basis", model, blocks)
     like = plan if plan is not None or method in WHOLE else count_plan(model, config)
     subject = Subject(config["model"], config["block_size"], batch=1, llama=None)
     setting = bench.Setting(subject, config["dtype"], device=str(next(model.parameters()).device), plan=like)

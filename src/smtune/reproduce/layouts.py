@@ -331,8 +331,7 @@ def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
     for arm, records in result.present:
         heading = f"{arm.family}, {arm.model}" if several else arm.family
         panels.setdefault(heading, {})[arm.row.label] = mean(list(accuracies(records).values()))
-    if panels:
-        dots(panels, path, x="accuracy, %, with 95 % interval", title=_title(result))
+    dots(panels, path, x="accuracy, %, with 95 % interval", title=_title(result))
     swept = {}
     for arm in result.arms:
         found = [(rate, result.store.find(cell)) for rate, cell in zip(arm.rates, arm.sweep())]

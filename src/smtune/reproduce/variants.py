@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import smtune
 from smtune import training
+from smtune.bench.parts import WeightPart
 from smtune.bench.sift import SparseEntries
 from smtune.blocks import tile
 from smtune.scoring import Scores, modes_and_flags_kept
@@ -102,31 +103,22 @@ def dense_warmup(
     return plan
 
 
-class BasisBlock:
+class BasisBlock(WeightPart):
     """The leading r × r block of Uᵀ W V, U and V some of the singular vectors of W's gradient: it alone is trained.
 
-    Attributes:
-        values: (r, r) fp32, its distance from the base; what the optimizer trains.
-        kept: U, (O, r), V, (I, r), and the weight's original.
+    Its values, (r, r), are its distance from the base; kept are U, (O, r), V, (I, r), and the weight's original.
     """
 
     def __init__(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
-        self.weight = weight
-        self.values = nn.Parameter(torch.zeros(left.shape[1], right.shape[1], device=weight.device))
-        self.kept = [left, right, weight.detach().clone()]
-        weight.requires_grad_(True)
-        weight.register_post_accumulate_grad_hook(self._take_gradient)
+        values = torch.zeros(left.shape[1], right.shape[1], device=weight.device)
+        super().__init__(weight, values, kept=[left, right, weight.detach().clone()])
 
-    def _take_gradient(self, weight: Tensor) -> None:
-        assert weight.grad is not None
+    def gradient_of(self, gradient: Tensor) -> Tensor:
         left, right, _ = self.kept
-        gradient = left.T @ weight.grad.float() @ right
-        weight.grad = None
-        self.values.grad = gradient if self.values.grad is None else self.values.grad.add_(gradient)
+        return left.T @ gradient.float() @ right
 
     @torch.no_grad()
     def write(self) -> None:
-        """Put the trained values into the weight."""
         left, right, original = self.kept
         self.weight.copy_(original.float() + left @ self.values @ right.T)
 

@@ -34,17 +34,28 @@ class Control:
     chance: float
 
     @property
+    def is_above_chance(self) -> bool:
+        return accuracy(self.full) >= self.chance + GAIN
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether full fine-tuning gains enough, over the untuned model and over chance."""
+        return self.gain is not None and self.gain.difference.value >= GAIN and self.is_above_chance
+
+    @property
+    def is_solved(self) -> bool:
+        return accuracy(self.full) >= SOLVED
+
+    @property
     def fault(self) -> str:
         """Why nothing may be concluded; "" where it may."""
         if self.gain is None:
             return "the positive control has not been run"
         if self.gain.difference.value < GAIN:
             return f"full fine-tuning gains less than {100 * GAIN:.0f} points"
-        if accuracy(self.full) < self.chance + GAIN:
+        if not self.is_above_chance:
             return f"full fine-tuning is less than {100 * GAIN:.0f} points above chance ({100 * self.chance:.0f} %)"
-        if accuracy(self.full) >= SOLVED:
-            return f"full fine-tuning solves the task ({100 * SOLVED:.0f} % or more)"
-        return ""
+        return f"full fine-tuning solves the task ({100 * SOLVED:.0f} % or more)" if self.is_solved else ""
 
 
 def controls(results: Results) -> dict[tuple[str, str], Control]:

@@ -14,12 +14,11 @@ from smtune.reproduce.evidence.contrasts import Contrast, accuracy
 from smtune.reproduce.evidence.control import GAIN, SOLVED
 from smtune.reproduce.evidence.judges import DOES_NOT, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Evidence
 from smtune.reproduce.evidence.records import Found
-from smtune.reproduce.evidence.tasks import Task, adjusted, not_run
+from smtune.reproduce.evidence.tasks import Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, trained_share
 from smtune.reproduce.numbers import DASH
 
-SIGNIFICANT = 0.05
 OF_SMT = {"better": "wins", "worse": "loses", "tie": "ties", "undecided": "undecided"}
 WINS = "#wins-ties-and-losses"
 
@@ -38,7 +37,7 @@ def _in_short(task: Task, links: Links) -> str:
         return "SMT at 0.84 % has not been run."
     by_verdict: dict[str, list[str]] = {}
     for one, p in zip(task.contrasts, adjusted(task.contrasts)):
-        after = ", not after Holm" * (one.verdict in ("better", "worse") and p >= SIGNIFICANT)
+        after = ", not after Holm" * is_lost_to_holm(one, p)
         by_verdict.setdefault(one.verdict, []).append(f"{one.second.label}: {numbers.points(one.difference)}{after}")
     texts = [
         f"  - *{word}*: {words.listed(by_verdict[verdict])}"
@@ -81,10 +80,9 @@ def control_section(tasks: Sequence[Task], links: Links) -> str:
         if gain is None:
             rows.append([*row, DASH, DASH, DASH, "**missing**", _rate(control.full), _control_cells(task, links)])
             continue
-        full = accuracy(control.full)
-        enough = gain.difference.value >= GAIN and full >= control.chance + GAIN
-        sure = ("yes" if gain.difference.low >= GAIN else "yes, but not all of the interval") if enough else "**no**"
-        row += [numbers.points(gain.difference), sure, "yes" if full < SOLVED else "**no**"]
+        sure = "yes" if gain.difference.low >= GAIN else "yes, but not all of the interval"
+        row += [numbers.points(gain.difference), sure if control.is_gain else "**no**"]
+        row.append("**no**" if control.is_solved else "yes")
         row += ["**failed**" if control.fault else "passed", _rate(control.full), _control_cells(task, links)]
         rows.append(row)
     faults = [
@@ -207,8 +205,7 @@ def contrast_table(task: Task, contrasts: Sequence[Contrast], links: Links, less
     for one, p in zip(contrasts, adjusted(contrasts)):
         other = one.first if less else one.second
         word = one.verdict if less else OF_SMT[one.verdict]
-        is_found = one.verdict in ("better", "worse")
-        verdict = f"*{word}*" + ", but not after Holm" * (is_found and p >= SIGNIFICANT)
+        verdict = f"*{word}*" + ", but not after Holm" * is_lost_to_holm(one, p)
         rows.append(
             [
                 words.name(other),

@@ -14,8 +14,8 @@ from smtune.reproduce.declared import load_experiment
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.contrasts import Contrast, contrast, paired
 from smtune.reproduce.evidence.records import Found, Results
-from smtune.reproduce.evidence.sections import SIGNIFICANT, contrast_table
-from smtune.reproduce.evidence.tasks import BUDGET, Task, adjusted, not_run
+from smtune.reproduce.evidence.sections import contrast_table
+from smtune.reproduce.evidence.tasks import BUDGET, Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, overlap, overlap_by_chance
 from smtune.reproduce.numbers import DASH
@@ -68,7 +68,7 @@ def _equal_time(task: Task, links: Links) -> list[str]:
         f"{numbers.percent(fmean(scored), 2)} of the seconds in which its cells built, scored and trained."
     )
     seconds = [f"{arm.label} {fmean(map(_working_seconds, arm.records)):.1f}" for arm in arms if arm.records]
-    taken = f"Seconds of building, scoring and training, two cells at a time: {', '.join(seconds)}."
+    taken = f"Seconds of building, scoring and training, as its cells took them: {', '.join(seconds)}."
     return [lead, taken, _fault(task), contrast_table(task, contrasts, links), _left(others)]
 
 
@@ -324,7 +324,7 @@ def _variants(task: Task, experiment: str, reference: str, links: Links) -> list
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for one, p in zip(contrasts, adjusted(contrasts)):
         if one.verdict in found:
-            found[one.verdict].append(one.first.label + ", not after Holm" * (p >= SIGNIFICANT))
+            found[one.verdict].append(one.first.label + ", not after Holm" * is_lost_to_holm(one, p))
     told = [f"{word}: {words.listed(labels)}" for word, labels in found.items() if labels]
     pruned = load_experiment(experiment).pruned if task.results.tier.scale == "embedded" else None
     rates = ", ".join(f"{rate:g}" for rate in pruned.learning_rates) if pruned else ""

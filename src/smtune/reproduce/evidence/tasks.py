@@ -18,6 +18,7 @@ from smtune.reproduce.evidence.judges import Evidence, pick
 from smtune.reproduce.evidence.records import Found, Results
 
 BUDGET = 0.0084
+SIGNIFICANT = 0.05
 COMPARED = ("study-methods", "study-criteria", "table2")
 """The experiments whose arms at `BUDGET` are held against SMT."""
 
@@ -105,6 +106,11 @@ def tasks(evidence: Evidence) -> list[Task]:
 def adjusted(contrasts: Sequence[Contrast]) -> list[float]:
     """Their p-values by Holm's method, over all of them."""
     return holm([one.p_value for one in contrasts])
+
+
+def is_lost_to_holm(one: Contrast, adjusted_p: float) -> bool:
+    """Whether a difference is told by its own interval, and no longer once the table's others are counted in."""
+    return one.verdict in ("better", "worse") and adjusted_p >= SIGNIFICANT
 
 
 def not_run(arms: Iterable[Found]) -> list[str]:
