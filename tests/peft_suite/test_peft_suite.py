@@ -17,6 +17,7 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -107,7 +108,9 @@ def source(request) -> Path:
             unavailable(f"the sources of peft {VERSION} cannot be fetched: {result.stderr.strip().splitlines()[-1]}")
         with tarfile.open(next(cache.glob("*.tar.gz"))) as archive:
             members = [member for member in archive if member.name.startswith(f"{folder.name}/tests/")]
-            archive.extractall(cache, members=members, filter="data")
+            # Python 3.11 before 3.11.4, which Debian 12 has, knows no filters.
+            safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(cache, members=members, **safely)
         (folder / "tests" / "__init__.py").touch()  # in PEFT's repository they are a package
         (folder / "COMPLETE").touch()
     return folder
