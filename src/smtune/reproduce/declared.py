@@ -36,6 +36,7 @@ STUDY_PARTS = [
         "equal",
         "forgetting",
         "better",
+        "spread",
     )
 ]
 """The parts of the study in their order: first that there is something to see."""
