@@ -5,6 +5,9 @@ The choice is deterministic: by score, ties by module order, then row, then colu
 - `global`: the best blocks of all targeted matrices together (the paper).
 - `per_module`: the same number from every matrix.
 - `shares`: the budget split by given shares between groups of matrices (the paper's Table 4), then `global` in each.
+- `spread`: as `global`, with every score over the block's rank in its row of blocks and over that in its column; the
+  best of both keeps all of its score. Large gradients stand in few rows and columns, and blocks that share those add
+  little rank to an update (docs/adr/0018).
 
 A matrix may hold several projections, as GPT-2's `c_attn` does q, k and v. Its blocks stay blocks of the one matrix;
 their *kind* says which projection their rows belong to, and shares and reports go by it.
@@ -37,7 +40,7 @@ from smtune.errors import InputError, did_you_mean
 from smtune.files import write_text
 from smtune.weights import shape_OI
 
-POLICIES = ("global", "per_module", "shares")
+POLICIES = ("global", "per_module", "shares", "spread")
 FORMAT_VERSION = 1
 _SINCE_COSTS = ("max_backward_cost", "backward_cost", "score_kept")  # a plan made before they were has none of them
 
@@ -364,6 +367,8 @@ def select(
     names = _within(max_backward_cost, scores, backward_costs)
     if policy == "global":
         chosen = _best({name: scores[name] for name in names}, count)
+    elif policy == "spread":
+        chosen = _best({name: spread(scores[name], (kinds or {}).get(name)) for name in names}, count)
     elif policy == "per_module":
         each = count // len(names)
         if each < 1:
@@ -422,6 +427,26 @@ def _too_strict(limit: float | None, names: Sequence[str], costs: Mapping[str, f
         f"Expected max_backward_cost to leave a projection {which}. Got {limit}, below the cost of the highest one: "
         f"set it to {least} or more."
     )
+
+
+def spread(score: Tensor, kinds: Sequence[str] | None = None) -> Tensor:
+    """Scores by which the policy `spread` chooses: (R, C), each over its rank in its row and over that in its column.
+
+    Args:
+        score: (R, C).
+        kinds: what each row of blocks computes, (R,); rows of another kind are another matrix.
+    Raises:
+        InputError: a score below zero, of which a part is more, not less.
+    """
+    if score.min() < 0:
+        raise InputError(f'Expected scores of at least 0 with the policy "spread". Got {score.min().item():g}.')
+    spread_score = torch.empty_like(score, dtype=torch.float32)
+    for rows in [_rows_of({kind}, kinds) for kind in dict.fromkeys(kinds)] if kinds else [slice(None)]:
+        part = score[rows].float()
+        orders = [part.argsort(dim=dim, descending=True, stable=True) for dim in (0, 1)]
+        in_column, in_row = (1 + order.argsort(dim) for dim, order in enumerate(orders))
+        spread_score[rows] = part / (in_column * in_row)
+    return spread_score
 
 
 def _best(scores: Mapping[str, Tensor], count: int) -> dict[str, list[int]]:

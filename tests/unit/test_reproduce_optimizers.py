@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from smtune.reproduce.optimizers import BlockAdamW, BlockMuon, carry, orthogonalised
+from smtune.reproduce.optimizers import BlockAdamW, BlockMuon, ColumnAdamW, carry, orthogonalised
 
 
 def descend(optimizer, tensor, targets, steps):
@@ -29,6 +31,24 @@ def test_blocks_of_one_age_are_trained_as_by_adamw(m, size, steps):
     descend(BlockAdamW([ours], lr=0.1), ours, targets, steps)
     descend(torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0), theirs, targets, steps)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
+def test_steps_by_column_are_adams_times_a_factor_of_each_column(m, size, steps):
+    ours, theirs = blocks(m, size), blocks(m, size)
+    targets = [10.0 ** torch.arange(size) * blocks(m, size, seed).detach() for seed in (1, 2)]  # columns of all sizes
+    by_column, adam = ColumnAdamW([ours], lr=0.1), BlockAdamW([theirs], lr=0.1)
+    for step in range(steps):
+        theirs.data.copy_(ours.data)
+        before = ours.detach().clone()
+        descend(by_column, ours, targets[step % 2 :], 1)
+        descend(adam, theirs, targets[step % 2 :], 1)
+        squares = by_column.state[ours]["square"]
+        sizes = torch.tensor([[squares[k, :, j].mean().sqrt() for j in range(size)] for k in range(m)]).double()
+        for k, j in itertools.product(range(m), range(size)):
+            factor = 2 * sizes.mean() / (sizes[k, j] + sizes.mean())
+            expected = before[k, :, j] + factor * (theirs.detach() - before)[k, :, j]
+            torch.testing.assert_close(ours.detach()[k, :, j], expected, rtol=1e-6, atol=1e-9)
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 6))

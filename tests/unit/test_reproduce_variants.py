@@ -10,12 +10,14 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from smtune import SMTConfig
 from smtune.bench import arms as bench
 from smtune.data import Collator
 from smtune.reproduce import arms, variants
 from smtune.reproduce.memory import prepared
 from smtune.reproduce.optimizers import BlockAdamW
 from smtune.reproduce.train import fit, linear, micro_batches
+from smtune.scoring import Scores
 
 SIZE = 8
 RECIPE = {
@@ -206,6 +208,27 @@ def test_a_block_in_the_gradients_basis_is_trained_as_by_autograd(rows):
         assert moved[:r, :r].abs().max() > 1e-3
         moved[:r, :r] = 0
         assert moved.abs().max() < 1e-5
+
+
+def test_sampled_blocks_are_drawn_by_their_scores(monkeypatch):
+    """The first of a draw by its weight: 1, 2, 5 and 0 of 8, over 2000 seeds within four standard deviations."""
+    name, weights_of_blocks, draws = "layer", [1.0, 2.0, 5.0, 0.0], 2000
+    made = Scores({name: torch.tensor([weights_of_blocks])}, block_size=SIZE, criterion="abs_of_sum")
+    monkeypatch.setattr(variants.smtune, "score_blocks", lambda *_, **__: Scores(dict(made), **vars(made)))
+    net, counts = torch.nn.Linear(4 * SIZE, SIZE), [0] * len(weights_of_blocks)
+    for seed in range(draws):
+        plan = variants.sampled(net, SMTConfig(block_size=SIZE, budget=1, seed=seed), iter(()))
+        counts[plan.index(name).pairs[0][1]] += 1
+    for count, weight in zip(counts, weights_of_blocks, strict=True):
+        share = weight / sum(weights_of_blocks)
+        assert abs(count - share * draws) <= 4 * (draws * share * (1 - share)) ** 0.5
+
+
+def test_a_spread_cell_has_the_librarys_plan(rows):
+    plan = arms.make_plan(model(), config(policy="spread"), stream(rows))
+    own = SMTConfig(block_size=SIZE, budget=10, policy="spread", target_modules=list(KINDS), warmup_steps=3)
+    assert plan.policy == "spread"
+    assert chosen(plan) == chosen(variants.smtune.make_plan(model(), stream(rows), own, progress=False))
 
 
 def test_choosing_anew_the_same_blocks_changes_nothing(rows):

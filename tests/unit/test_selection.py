@@ -16,7 +16,7 @@ import smtune
 from smtune import InputError, Plan, SMTConfig
 from smtune.depth import backward_costs
 from smtune.report import plan_table
-from smtune.selection import ModulePlan, backward_cost, select, total_score
+from smtune.selection import ModulePlan, backward_cost, select, spread, total_score
 from smtune.training import parse_config
 
 TOTAL = 10_000
@@ -46,7 +46,7 @@ def test_ties_go_by_module_order_then_row_then_column():
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
     st.one_of(st.integers(1, 40), st.floats(1e-4, 1.0)),
-    st.sampled_from(["global", "per_module", "shares"]),
+    st.sampled_from(["global", "per_module", "shares", "spread"]),
     st.integers(0, 1000),
 )
 def test_never_over_budget_and_deterministic(grids, budget, policy, seed):
@@ -68,13 +68,39 @@ def test_never_over_budget_and_deterministic(grids, budget, policy, seed):
         most = max(map(len, chosen.values()))
         assert all(len(index) == min(most, room[name]) for name, index in chosen.items())
     for name, index in chosen.items():
-        taken = [given_scores[name][pair].item() for pair in index.pairs]
-        left = [
-            s
-            for k, s in enumerate(given_scores[name].flatten().tolist())
-            if divmod(k, given_scores[name].shape[1]) not in index.pairs
-        ]
+        score = spread(given_scores[name]) if policy == "spread" else given_scores[name]
+        taken = [score[pair].item() for pair in index.pairs]
+        left = [s for k, s in enumerate(score.flatten().tolist()) if divmod(k, score.shape[1]) not in index.pairs]
         assert not taken or not left or min(taken) >= max(left)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000), st.booleans())
+def test_spread_divides_a_score_by_its_two_ranks(n_rows, n_cols, seed, of_two_kinds):
+    """Ranks counted one by one; an equal score that stands earlier ranks before. Kinds are matrices of their own."""
+    score = torch.randint(0, 4, (n_rows, n_cols), generator=torch.Generator().manual_seed(seed)).float()
+    kinds = ["q" if row % 2 else "v" for row in range(n_rows)] if of_two_kinds else None
+    expected = torch.empty(n_rows, n_cols)
+    for row, col in itertools.product(range(n_rows), range(n_cols)):
+        s = score[row, col]
+        of_kind = [r for r in range(n_rows) if not kinds or kinds[r] == kinds[row]]
+        in_row = 1 + sum(score[row, c] > s or (score[row, c] == s and c < col) for c in range(n_cols))
+        in_column = 1 + sum(score[r, col] > s or (score[r, col] == s and r < row) for r in of_kind)
+        expected[row, col] = s / (in_row * in_column)
+    assert torch.equal(spread(score, kinds), expected)
+
+
+def test_spread_takes_a_diagonal_before_the_rest_of_the_best_row():
+    score = 1.1 * torch.eye(4)
+    score[0] = 1.2
+    arguments = {"block_size": 2, "budget": 5, "total_params": TOTAL}
+    assert pairs(select({"a": score}, **arguments))["a"] == ((0, 0), (0, 1), (0, 2), (0, 3), (1, 1))
+    spread_out = select({"a": score}, policy="spread", **arguments)
+    assert pairs(spread_out)["a"] == ((0, 0), (0, 1), (1, 1), (2, 2), (3, 3))
+
+
+def test_spread_wants_scores_that_are_not_negative():
+    with pytest.raises(InputError, match="at least 0"):
+        select({"a": torch.tensor([[1.0, -1.0]])}, block_size=2, budget=1, total_params=TOTAL, policy="spread")
 
 
 def test_a_fraction_that_is_exactly_k_blocks_buys_k():
@@ -203,16 +229,16 @@ def test_global_is_the_best_plan_within_both_budgets(values, count, limit):
     assert total_score(chosen, given_scores) == best
 
 
-@pytest.mark.parametrize("policy", ["global", "per_module", "shares"])
+@pytest.mark.parametrize("policy", ["global", "per_module", "shares", "spread"])
 def test_every_policy_keeps_within_the_limit(policy):
     given_scores = {name: torch.rand(4, 4) for name in COSTS}
     arguments = {"block_size": 2, "budget": 8, "total_params": TOTAL, "policy": policy, "backward_costs": COSTS}
     arguments["shares"] = {"q_proj": 0.5, "o_proj": 0.5} if policy == "shares" else None
     chosen = select(given_scores, max_backward_cost=0.5, **arguments)
-    counts = {"global": 8, "per_module": 4, "shares": 4}
+    counts = {"per_module": 4, "shares": 4}
     assert list(chosen) == list(COSTS)
     assert {name for name, index in chosen.items() if len(index)} == {"1.q_proj", "1.o_proj"}
-    assert policy == "global" or {len(index) for index in chosen.values()} == {0, counts[policy]}
+    assert policy not in counts or {len(index) for index in chosen.values()} == {0, counts[policy]}
     assert sum(map(len, chosen.values())) == 8
     unlimited = select(given_scores, **arguments)
     assert pairs(unlimited) == pairs(select(given_scores, max_backward_cost=1.0, **arguments))

@@ -17,7 +17,7 @@ from smtune.bench import arms as bench
 from smtune.bench.subjects import QKV, Subject
 from smtune.reproduce import variants
 from smtune.reproduce.cells import WHOLE
-from smtune.reproduce.optimizers import BlockAdamW, BlockMuon, carry
+from smtune.reproduce.optimizers import BlockAdamW, BlockMuon, ColumnAdamW, carry
 from smtune.selection import Plan
 
 Batch = dict[str, Tensor]
@@ -34,6 +34,8 @@ def make_plan(model: nn.Module, config: Mapping[str, Any], batches: Iterable[Bat
     if config.get("dense_warmup"):
         keep, rate = config["dense_warmup"] == "kept", config["recipe"]["dense_warmup_rate"]
         plan = variants.dense_warmup(model, _smt_config(config), batches, rate, keep)
+    elif config.get("policy") == "sampled":
+        plan = variants.sampled(model, _smt_config(config), batches)
     elif criterion in variants.CRITERIA:
         plan = variants.make_plan(model, _smt_config(config, "random"), criterion, batches)
     else:
@@ -64,6 +66,8 @@ def build(
         arm.name = method
         if config.get("optimizer") == "muon":
             arm.optimizer = BlockMuon(arm.trained)
+        elif config.get("optimizer") == "adamw-columns":
+            arm.optimizer = ColumnAdamW(arm.trained)
         elif config.get("reselect_every"):
             arm.optimizer = BlockAdamW(arm.trained)
         return arm
@@ -117,6 +121,12 @@ def _block_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _policy(config: Mapping[str, Any]) -> str:
+    """The library's policy of a cell; "sampled" is the study's own, and by its scores the library's `global`."""
+    policy = config.get("policy") or ("shares" if config.get("shares") else "global")
+    return "global" if policy == "sampled" else policy
+
+
 def _smt_config(config: Mapping[str, Any], criterion: str | None = None) -> smtune.SMTConfig:
     """SMT's own configuration of a cell.
 
@@ -129,7 +139,7 @@ def _smt_config(config: Mapping[str, Any], criterion: str | None = None) -> smtu
         block_size=config["block_size"],
         budget=config["budget"],
         criterion=criterion or config["criterion"],
-        policy="shares" if config.get("shares") else "global",
+        policy=_policy(config),
         shares=config.get("shares"),
         warmup_steps=config["recipe"]["scoring_batches"],
         seed=config["seed"],

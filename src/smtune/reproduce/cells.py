@@ -153,6 +153,7 @@ def _of_row(row: Row, budget: float | int) -> Record:
     """What a row asks for. What it leaves at its default has no part in a cell's identity, but for the first four."""
     smt = {"criterion": row.criterion, "targets": row.targets, "shares": row.shares, "shuffled": row.shuffled}
     further = {
+        "policy": row.policy,
         "optimizer": row.optimizer if row.optimizer != "adamw" else None,
         "reselect_every": row.reselect_every,
         "dense_warmup": row.dense_warmup,

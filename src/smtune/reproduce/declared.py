@@ -79,9 +79,11 @@ class Row(_Section):
             parameters they follow as closely as a rank allows.
         criterion, targets, shares: of SMT: how blocks are scored, in which projections, and shares by group. The
             targets are also those of SMT in the gradient's basis.
+        policy: of SMT: how blocks are chosen by their scores, if not the best of all or by shares: "spread" over rows
+            and columns of blocks, or "sampled", drawn with the scores as weights.
         shuffled: of SMT: as many blocks in every matrix, at random places.
         block_size, steps, scoring_batches: in place of the tier's.
-        optimizer: of SMT: AdamW, or Muon on its blocks.
+        optimizer: of SMT: AdamW, that with shorter steps where inputs are large, or Muon on its blocks.
         reselect_every: of SMT: score and select anew after so many steps, time and again.
         dense_warmup: of SMT: score in steps of full fine-tuning, as the released code does, and keep or undo them.
         scored_on: of SMT: score with the rows of another family. half: with one half of the rows, every second one.
@@ -96,11 +98,12 @@ class Row(_Section):
     criterion: str = "abs_of_sum"
     targets: list[str] | None = None
     shares: dict[str, float] | None = None
+    policy: Literal["spread", "sampled"] | None = None
     shuffled: bool = False
     block_size: Count | None = None
     steps: Count | None = None
     scoring_batches: Count | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw-columns", "muon"] = "adamw"
     reselect_every: Count | None = None
     dense_warmup: Literal["kept", "restored"] | None = None
     scored_on: str | None = None

@@ -49,6 +49,23 @@ class BlockAdamW(torch.optim.Optimizer):
         p.addcdiv_(mean / (1 - beta1**steps), scale, value=-group["lr"])
 
 
+class ColumnAdamW(BlockAdamW):
+    """Shorter steps where inputs are large.
+
+    The gradient of a linear layer's weight is the larger the larger the input of its column, and so is the curvature,
+    squared; Adam's step is as long in every column. Here it is times 2m / (c + m), c the root mean square of the
+    gradients of a block's column and m the mean of c over the tensor.
+    """
+
+    @staticmethod
+    def _step(p: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
+        before = p.clone()
+        BlockAdamW._step(p, grad, state, group)
+        column = state["square"].mean(-2, keepdim=True).sqrt_()
+        mean = column.mean()
+        p.copy_(before.lerp_(p, 2 * mean / (column + mean).clamp_min(1e-30)))
+
+
 class BlockMuon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on a batch of square blocks: the momentum, orthogonalised, is the step.
 

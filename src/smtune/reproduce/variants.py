@@ -24,17 +24,6 @@ from smtune.selection import Plan
 Batch = dict[str, Tensor]
 
 
-def _over_rank(w: Tensor, g: Tensor, squares: Tensor) -> Tensor:
-    scores = g.abs().mean((-1, -2))
-    ranks = [1 + scores.argsort(dim, descending=True).argsort(dim) for dim in (0, 1)]
-    return scores / (ranks[0] * ranks[1])
-
-
-def _over_column(w: Tensor, g: Tensor, squares: Tensor) -> Tensor:
-    scores = g.abs().mean((-1, -2))
-    return scores / scores.mean(0) * scores.mean()
-
-
 CRITERIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     # of a matrix cut into (R, C, l, l): its values w, the sum of its gradients g, the sum of their squares
     "square_of_sum": lambda w, g, squares: g.square().mean((-1, -2)),
@@ -43,8 +32,6 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "over_mean": lambda w, g, squares: g.abs().mean((-1, -2)) / g.abs().mean(),
     "signal": lambda w, g, squares: (g.square() / squares.clamp_min(1e-30)).mean((-1, -2)),
     "nuclear": lambda w, g, squares: torch.linalg.svdvals(g).sum(-1),
-    "over_rank": _over_rank,
-    "over_column": _over_column,
 }
 """Scores of blocks that the library has not, for "a better SMT".
 
@@ -53,9 +40,6 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 - `over_mean`: gradient over the mean of its matrix.
 - `signal`: the squared sum over the sum of squares; what a step scaled by the diagonal Fisher takes off the loss.
 - `nuclear`: what an orthogonalised step (Muon's) takes off the loss.
-- `over_rank`: gradient over the block's rank in its row of blocks and over that in its column; spreads the blocks.
-- `over_column`: gradient over the mean of its column of blocks, so that the size of the inputs falls out; times the
-  matrix's mean.
 """
 
 
@@ -102,6 +86,19 @@ def make_plan(model: nn.Module, config: smtune.SMTConfig, criterion: str, batche
         }
     found = Scores(scores, block_size=size, criterion=criterion, batches_seen=seen)
     return smtune.select_blocks(found, config, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def sampled(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch]) -> Plan:
+    """A plan of blocks drawn without replacement, each with its score for a weight, instead of the best ones.
+
+    By exponential races (Efraimidis & Spirakis 2006): the largest of score / E, E ~ Exp(1), are such a draw.
+    """
+    scores = smtune.score_blocks(model, batches, config, progress=False)
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, score in scores.items():
+        races = torch.empty(score.shape).exponential_(generator=generator)
+        scores[name] = score / races.to(score.device)
+    return smtune.select_blocks(scores, config, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def dense_warmup(

@@ -34,7 +34,8 @@ class SMTConfig(PeftConfig):
         block_size: l, a number that divides every targeted weight, or "auto": the largest common divisor, at most 256.
         budget: a fraction of all parameters (float in (0, 1]) or a number of blocks in all (int).
         criterion: how blocks are scored; see `smtune.scoring`.
-        policy: how blocks are chosen from scores: "global", "per_module" or "shares".
+        policy: how blocks are chosen from scores: "global", "per_module", "shares" or "spread"; see
+            `smtune.selection`.
         shares: with policy "shares", the share of the budget by group, such as {"attention": 0.75, "mlp": 0.25}.
         max_backward_cost: how far down the backward may go, a fraction in (0, 1] of the chain of products dX = dY W
             that ends at the lowest target: the lowest layers are left whole to keep within it. None: no limit.

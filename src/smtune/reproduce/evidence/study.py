@@ -302,6 +302,8 @@ def better_section(tasks: Sequence[Task], links: Links) -> str:
     for heading, experiment, reference in (
         ("A better SMT", "study-better", "SMT"),
         ("A better SMT, against LoRA", "study-better", "LoRA on q, k, v"),
+        ("Spread blocks", "study-spread", "SMT"),
+        ("Spread blocks, against LoRA", "study-spread", "LoRA on q, k, v"),
         ("Warm-up, and blocks chosen anew", "study-warmup", "SMT"),
         ("Size of the blocks", "study-sizes", "blocks of 8²"),
         ("Length of the warm-up", "study-sizes", ""),
