@@ -1,13 +1,12 @@
 """Select the best-scoring blocks within a parameter budget: scores in, a `Plan` out (paper §3.1, appendix B).
 
-The choice is deterministic: by score, ties by module order, then row, then column. Policies:
+The choice is deterministic, of `sampled` for a seed: by score, ties by module order, then row, then column. Policies:
 
 - `global`: the best blocks of all targeted matrices together (the paper).
 - `per_module`: the same number from every matrix.
 - `shares`: the budget split by given shares between groups of matrices (the paper's Table 4), then `global` in each.
-- `spread`: as `global`, with every score over the block's rank in its row of blocks and over that in its column; the
-  best of both keeps all of its score. Large gradients stand in few rows and columns, and blocks that share those add
-  little rank to an update (docs/adr/0018).
+- `sampled`: drawn without replacement from all targeted matrices together, each block with its score for a weight. The
+  best blocks stand in few rows and columns of few matrices; a draw favours them and reaches the others too (ADR 0018).
 
 A matrix may hold several projections, as GPT-2's `c_attn` does q, k and v. Its blocks stay blocks of the one matrix;
 their *kind* says which projection their rows belong to, and shares and reports go by it.
@@ -40,7 +39,7 @@ from smtune.errors import InputError, did_you_mean
 from smtune.files import write_text
 from smtune.weights import shape_OI
 
-POLICIES = ("global", "per_module", "shares", "spread")
+POLICIES = ("global", "per_module", "shares", "sampled")
 FORMAT_VERSION = 1
 _SINCE_COSTS = ("max_backward_cost", "backward_cost", "score_kept")  # a plan made before they were has none of them
 
@@ -328,6 +327,7 @@ def select(
     kinds: Mapping[str, Sequence[str]] | None = None,
     backward_costs: Mapping[str, float] | None = None,
     max_backward_cost: float | None = None,
+    seed: int = 0,
 ) -> dict[str, BlockIndex]:
     """The blocks to train.
 
@@ -341,6 +341,7 @@ def select(
         backward_costs: by module name, the cost of a plan whose lowest module it is, as `smtune.depth` counts it.
         max_backward_cost: the cost of the plan, at most; None for no limit. With one, the modules that cost more
             are left whole and the policy chooses among the others.
+        seed: of the policy `sampled`.
     Returns:
         The index of every module, empty where nothing was selected; blocks ordered by row, then column. In all never
         more than the budget; fewer where the policy cannot spend it or fewer blocks exist.
@@ -367,8 +368,9 @@ def select(
     names = _within(max_backward_cost, scores, backward_costs)
     if policy == "global":
         chosen = _best({name: scores[name] for name in names}, count)
-    elif policy == "spread":
-        chosen = _best({name: spread(scores[name], (kinds or {}).get(name)) for name in names}, count)
+    elif policy == "sampled":
+        raced = _raced(scores, seed)  # of all, so that a limit of the cost leaves the draws as they are
+        chosen = _best({name: raced[name] for name in names}, count)
     elif policy == "per_module":
         each = count // len(names)
         if each < 1:
@@ -429,24 +431,18 @@ def _too_strict(limit: float | None, names: Sequence[str], costs: Mapping[str, f
     )
 
 
-def spread(score: Tensor, kinds: Sequence[str] | None = None) -> Tensor:
-    """Scores by which the policy `spread` chooses: (R, C), each over its rank in its row and over that in its column.
-
-    Args:
-        score: (R, C).
-        kinds: what each row of blocks computes, (R,); rows of another kind are another matrix.
-    Raises:
-        InputError: a score below zero, of which a part is more, not less.
-    """
-    if score.min() < 0:
-        raise InputError(f'Expected scores of at least 0 with the policy "spread". Got {score.min().item():g}.')
-    spread_score = torch.empty_like(score, dtype=torch.float32)
-    for rows in [_rows_of({kind}, kinds) for kind in dict.fromkeys(kinds)] if kinds else [slice(None)]:
-        part = score[rows].float()
-        orders = [part.argsort(dim=dim, descending=True, stable=True) for dim in (0, 1)]
-        in_column, in_row = (1 + order.argsort(dim) for dim, order in enumerate(orders))
-        spread_score[rows] = part / (in_column * in_row)
-    return spread_score
+def _raced(scores: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Scores of which the largest are a draw without replacement, by exponential races (Efraimidis & Spirakis 2006)."""
+    generator = torch.Generator().manual_seed(seed)
+    raced = {}
+    for name, score in scores.items():
+        if score.min() < 0:
+            raise InputError(
+                f'Expected scores of at least 0 with the policy "sampled". Got {score.min().item():g} in {name}.'
+            )
+        times = torch.empty(score.shape).exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
+        raced[name] = score / times.to(score.device)
+    return raced
 
 
 def _best(scores: Mapping[str, Tensor], count: int) -> dict[str, list[int]]:

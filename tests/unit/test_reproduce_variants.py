@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import smtune
 from smtune import SMTConfig
 from smtune.bench import arms as bench
 from smtune.data import Collator
@@ -17,7 +20,6 @@ from smtune.reproduce import arms, variants
 from smtune.reproduce.memory import prepared
 from smtune.reproduce.optimizers import BlockAdamW
 from smtune.reproduce.train import fit, linear, micro_batches
-from smtune.scoring import Scores
 
 SIZE = 8
 RECIPE = {
@@ -210,25 +212,35 @@ def test_a_block_in_the_gradients_basis_is_trained_as_by_autograd(rows):
         assert moved.abs().max() < 1e-5
 
 
-def test_sampled_blocks_are_drawn_by_their_scores(monkeypatch):
-    """The first of a draw by its weight: 1, 2, 5 and 0 of 8, over 2000 seeds within four standard deviations."""
-    name, weights_of_blocks, draws = "layer", [1.0, 2.0, 5.0, 0.0], 2000
-    made = Scores({name: torch.tensor([weights_of_blocks])}, block_size=SIZE, criterion="abs_of_sum")
-    monkeypatch.setattr(variants.smtune, "score_blocks", lambda *_, **__: Scores(dict(made), **vars(made)))
-    net, counts = torch.nn.Linear(4 * SIZE, SIZE), [0] * len(weights_of_blocks)
-    for seed in range(draws):
-        plan = variants.sampled(net, SMTConfig(block_size=SIZE, budget=1, seed=seed), iter(()))
-        counts[plan.index(name).pairs[0][1]] += 1
-    for count, weight in zip(counts, weights_of_blocks, strict=True):
-        share = weight / sum(weights_of_blocks)
-        assert abs(count - share * draws) <= 4 * (draws * share * (1 - share)) ** 0.5
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
+def test_spread_divides_a_score_by_its_two_ranks(n_rows, n_cols, seed):
+    """Ranks counted one by one; an equal score that stands earlier ranks before."""
+    score = torch.randint(0, 4, (n_rows, n_cols), generator=torch.Generator().manual_seed(seed)).float()
+    expected = torch.empty(n_rows, n_cols)
+    for row, col in itertools.product(range(n_rows), range(n_cols)):
+        s = score[row, col]
+        in_row = 1 + sum(score[row, c] > s or (score[row, c] == s and c < col) for c in range(n_cols))
+        in_column = 1 + sum(score[r, col] > s or (score[r, col] == s and r < row) for r in range(n_rows))
+        expected[row, col] = s / (in_row * in_column)
+    assert torch.equal(variants.spread(score), expected)
 
 
-def test_a_spread_cell_has_the_librarys_plan(rows):
+def test_a_spread_plan_is_of_spread_scores(rows):
     plan = arms.make_plan(model(), config(policy="spread"), stream(rows))
-    own = SMTConfig(block_size=SIZE, budget=10, policy="spread", target_modules=list(KINDS), warmup_steps=3)
-    assert plan.policy == "spread"
-    assert chosen(plan) == chosen(variants.smtune.make_plan(model(), stream(rows), own, progress=False))
+    sums = {name: total.sum(0) for name, total in gradients(model(), rows).items()}
+    scores = {
+        name: torch.stack([torch.stack([b.abs().mean() for b in row]) for row in cut(g)]) for name, g in sums.items()
+    }
+    assert chosen(plan) == best({name: variants.spread(score) for name, score in scores.items()}, 10)
+
+
+def test_a_sampled_cell_has_the_librarys_plan(rows):
+    plan = arms.make_plan(model(), config(policy="sampled"), stream(rows))
+    own = SMTConfig(
+        block_size=SIZE, budget=10, policy="sampled", target_modules=list(KINDS), warmup_steps=3, seed=config()["seed"]
+    )
+    assert plan.policy == "sampled"
+    assert chosen(plan) == chosen(smtune.make_plan(model(), stream(rows), own, progress=False))
 
 
 def test_choosing_anew_the_same_blocks_changes_nothing(rows):

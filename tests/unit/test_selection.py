@@ -16,7 +16,7 @@ import smtune
 from smtune import InputError, Plan, SMTConfig
 from smtune.depth import backward_costs
 from smtune.report import plan_table
-from smtune.selection import ModulePlan, backward_cost, select, spread, total_score
+from smtune.selection import ModulePlan, backward_cost, select, total_score
 from smtune.training import parse_config
 
 TOTAL = 10_000
@@ -46,7 +46,7 @@ def test_ties_go_by_module_order_then_row_then_column():
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
     st.one_of(st.integers(1, 40), st.floats(1e-4, 1.0)),
-    st.sampled_from(["global", "per_module", "shares", "spread"]),
+    st.sampled_from(["global", "per_module", "shares", "sampled"]),
     st.integers(0, 1000),
 )
 def test_never_over_budget_and_deterministic(grids, budget, policy, seed):
@@ -68,39 +68,46 @@ def test_never_over_budget_and_deterministic(grids, budget, policy, seed):
         most = max(map(len, chosen.values()))
         assert all(len(index) == min(most, room[name]) for name, index in chosen.items())
     for name, index in chosen.items():
-        score = spread(given_scores[name]) if policy == "spread" else given_scores[name]
+        score = given_scores[name]
         taken = [score[pair].item() for pair in index.pairs]
         left = [s for k, s in enumerate(score.flatten().tolist()) if divmod(k, score.shape[1]) not in index.pairs]
-        assert not taken or not left or min(taken) >= max(left)
+        assert policy == "sampled" or not taken or not left or min(taken) >= max(left)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000), st.booleans())
-def test_spread_divides_a_score_by_its_two_ranks(n_rows, n_cols, seed, of_two_kinds):
-    """Ranks counted one by one; an equal score that stands earlier ranks before. Kinds are matrices of their own."""
-    score = torch.randint(0, 4, (n_rows, n_cols), generator=torch.Generator().manual_seed(seed)).float()
-    kinds = ["q" if row % 2 else "v" for row in range(n_rows)] if of_two_kinds else None
-    expected = torch.empty(n_rows, n_cols)
-    for row, col in itertools.product(range(n_rows), range(n_cols)):
-        s = score[row, col]
-        of_kind = [r for r in range(n_rows) if not kinds or kinds[r] == kinds[row]]
-        in_row = 1 + sum(score[row, c] > s or (score[row, c] == s and c < col) for c in range(n_cols))
-        in_column = 1 + sum(score[r, col] > s or (score[r, col] == s and r < row) for r in of_kind)
-        expected[row, col] = s / (in_row * in_column)
-    assert torch.equal(spread(score, kinds), expected)
+def test_a_draw_is_by_the_scores():
+    """The first of a draw by its weight, in its matrix or another: 1, 2, 5 and 0 of 8, within four deviations."""
+    weights, draws = [1.0, 2.0, 5.0, 0.0], 2000
+    given_scores = scores(a=[weights[:2]], b=[weights[2:]])
+    counts = dict.fromkeys([("a", 0), ("a", 1), ("b", 0), ("b", 1)], 0)
+    for seed in range(draws):
+        found = select(given_scores, block_size=2, budget=1, total_params=TOTAL, policy="sampled", seed=seed)
+        [(name, index)] = [(name, index) for name, index in found.items() if len(index)]
+        counts[name, index.pairs[0][1]] += 1
+    for count, weight in zip(counts.values(), weights, strict=True):
+        share = weight / sum(weights)
+        assert abs(count - share * draws) <= 4 * (draws * share * (1 - share)) ** 0.5
 
 
-def test_spread_takes_a_diagonal_before_the_rest_of_the_best_row():
-    score = 1.1 * torch.eye(4)
-    score[0] = 1.2
-    arguments = {"block_size": 2, "budget": 5, "total_params": TOTAL}
-    assert pairs(select({"a": score}, **arguments))["a"] == ((0, 0), (0, 1), (0, 2), (0, 3), (1, 1))
-    spread_out = select({"a": score}, policy="spread", **arguments)
-    assert pairs(spread_out)["a"] == ((0, 0), (0, 1), (1, 1), (2, 2), (3, 3))
+def test_a_draw_takes_every_block_but_once_and_zeros_last():
+    given_scores = scores(a=[[1.0, 0.0], [3.0, 1e-3]])
+    arguments = {"block_size": 2, "total_params": TOTAL, "policy": "sampled"}
+    for seed in range(50):
+        assert (0, 1) not in pairs(select(given_scores, budget=3, seed=seed, **arguments))["a"]
+    assert len(select(given_scores, budget=9, **arguments)["a"]) == 4
 
 
-def test_spread_wants_scores_that_are_not_negative():
-    with pytest.raises(InputError, match="at least 0"):
-        select({"a": torch.tensor([[1.0, -1.0]])}, block_size=2, budget=1, total_params=TOTAL, policy="spread")
+def test_a_draw_wants_scores_that_are_not_negative():
+    with pytest.raises(InputError, match="at least 0 .* Got -1 in a"):
+        select({"a": torch.tensor([[1.0, -1.0]])}, block_size=2, budget=1, total_params=TOTAL, policy="sampled")
+
+
+def test_a_limit_of_the_cost_leaves_the_draws_as_they_are():
+    given_scores = {name: torch.rand(4, 4) for name in COSTS}
+    arguments = {"block_size": 2, "total_params": TOTAL, "policy": "sampled", "backward_costs": COSTS}
+    limited = pairs(select(given_scores, budget=3, max_backward_cost=0.5, **arguments))
+    order = [pairs(select(given_scores, budget=count, **arguments)) for count in range(1, 65)]
+    low = ("1.q_proj", "1.o_proj")
+    assert {name: limited[name] for name in low} in [{name: found[name] for name in low} for found in order]
 
 
 def test_a_fraction_that_is_exactly_k_blocks_buys_k():
@@ -229,7 +236,7 @@ def test_global_is_the_best_plan_within_both_budgets(values, count, limit):
     assert total_score(chosen, given_scores) == best
 
 
-@pytest.mark.parametrize("policy", ["global", "per_module", "shares", "spread"])
+@pytest.mark.parametrize("policy", ["global", "per_module", "shares", "sampled"])
 def test_every_policy_keeps_within_the_limit(policy):
     given_scores = {name: torch.rand(4, 4) for name in COSTS}
     arguments = {"block_size": 2, "budget": 8, "total_params": TOTAL, "policy": policy, "backward_costs": COSTS}

@@ -34,8 +34,8 @@ def make_plan(model: nn.Module, config: Mapping[str, Any], batches: Iterable[Bat
     if config.get("dense_warmup"):
         keep, rate = config["dense_warmup"] == "kept", config["recipe"]["dense_warmup_rate"]
         plan = variants.dense_warmup(model, _smt_config(config), batches, rate, keep)
-    elif config.get("policy") == "sampled":
-        plan = variants.sampled(model, _smt_config(config), batches)
+    elif config.get("policy") == "spread":
+        plan = variants.spread_plan(model, _smt_config(config), batches)
     elif criterion in variants.CRITERIA:
         plan = variants.make_plan(model, _smt_config(config, "random"), criterion, batches)
     else:
@@ -122,9 +122,9 @@ def _block_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _policy(config: Mapping[str, Any]) -> str:
-    """The library's policy of a cell; "sampled" is the study's own, and by its scores the library's `global`."""
+    """The library's policy of a cell; "spread" is the study's own, by its scores the library's `global`."""
     policy = config.get("policy") or ("shares" if config.get("shares") else "global")
-    return "global" if policy == "sampled" else policy
+    return "global" if policy == "spread" else policy
 
 
 def _smt_config(config: Mapping[str, Any], criterion: str | None = None) -> smtune.SMTConfig:

@@ -88,17 +88,20 @@ def make_plan(model: nn.Module, config: smtune.SMTConfig, criterion: str, batche
     return smtune.select_blocks(found, config, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def sampled(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch]) -> Plan:
-    """A plan of blocks drawn without replacement, each with its score for a weight, instead of the best ones.
-
-    By exponential races (Efraimidis & Spirakis 2006): the largest of score / E, E ~ Exp(1), are such a draw.
-    """
+def spread_plan(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch]) -> Plan:
+    """A plan by scores that are `spread`."""
     scores = smtune.score_blocks(model, batches, config, progress=False)
-    generator = torch.Generator().manual_seed(config.seed)
     for name, score in scores.items():
-        races = torch.empty(score.shape).exponential_(generator=generator)
-        scores[name] = score / races.to(score.device)
+        scores[name] = spread(score)
     return smtune.select_blocks(scores, config, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def spread(score: Tensor) -> Tensor:
+    """Scores, (R, C), each over its rank in its row of blocks and over that in its column: blocks of one row or column
+    add little rank to an update. Of equal ones the earlier ranks before."""
+    orders = [score.argsort(dim=dim, descending=True, stable=True) for dim in (0, 1)]
+    in_column, in_row = (1 + order.argsort(dim) for dim, order in enumerate(orders))
+    return score / (in_column * in_row)
 
 
 def dense_warmup(

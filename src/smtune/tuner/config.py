@@ -34,7 +34,7 @@ class SMTConfig(PeftConfig):
         block_size: l, a number that divides every targeted weight, or "auto": the largest common divisor, at most 256.
         budget: a fraction of all parameters (float in (0, 1]) or a number of blocks in all (int).
         criterion: how blocks are scored; see `smtune.scoring`.
-        policy: how blocks are chosen from scores: "global", "per_module", "shares" or "spread"; see
+        policy: how blocks are chosen from scores: "global", "per_module", "shares" or "sampled"; see
             `smtune.selection`.
         shares: with policy "shares", the share of the budget by group, such as {"attention": 0.75, "mlp": 0.25}.
         max_backward_cost: how far down the backward may go, a fraction in (0, 1] of the chain of products dX = dY W
@@ -45,7 +45,7 @@ class SMTConfig(PeftConfig):
             `smtune.scoring` bounds.
         mode: "resident" (blocks stand in the weight), "additive" (blocks act beside it) or "auto": resident for a
             dense weight, additive for a quantised or sharded one.
-        seed: of the criterion "random".
+        seed: of the criterion "random" and the policy "sampled".
         init_weights: False starts the deltas from small noise instead of zero; for tests only.
         modules_to_save: further modules to train whole and save with the adapter.
         trainable_token_indices: further embedding rows to train.
@@ -72,7 +72,7 @@ class SMTConfig(PeftConfig):
     accumulator_device: str | None = field(default=None, metadata={"help": "Where scoring accumulates."})
     accumulator_dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 for abs_of_sum."})
     mode: str = field(default="auto", metadata={"help": "auto, resident or additive."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
+    seed: int = field(default=0, metadata={"help": "Seed of random criterion and draws."})
     init_weights: bool = field(default=True, metadata={"help": "False: noise instead of zero, for tests."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(

@@ -104,7 +104,7 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
     Args:
         scores: as `score_blocks` gives them, or any {module name: (R, C) tensor} with a numeric `config.block_size`;
             only the former know what a backward costs.
-        config: budget, policy, shares, max_backward_cost.
+        config: budget, policy, shares, max_backward_cost, seed.
         total_params: parameters of the whole model, which a fractional budget counts from.
     Raises:
         InputError: see `smtune.selection.select`.
@@ -125,6 +125,7 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
         shares=config.shares,
         kinds=kinds,
         backward_costs=costs,
+        seed=config.seed,
     )
     chosen = select_within(max_backward_cost=limit)
     kept = None
