@@ -200,8 +200,9 @@ def check_cell(cell_id: str, store: Store, setting: Setting, threads: int | None
 
 
 def _blocks(record: Mapping[str, Any]) -> dict[str, str]:
-    """The blocks of a record's plan by module; what else a plan says of how they came about may change with the code."""
-    return {module["name"]: module["blocks"] for module in record.get("plan", {}).get("modules", [])}
+    """The blocks of a record's plan by module; what else a plan says may change with the code."""
+    plan = record.get("plan") or {"modules": []}
+    return {module["name"]: module["blocks"] for module in plan["modules"]}
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
