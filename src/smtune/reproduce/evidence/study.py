@@ -302,8 +302,10 @@ def better_section(tasks: Sequence[Task], links: Links) -> str:
     for heading, experiment, reference in (
         ("A better SMT", "study-better", "SMT"),
         ("A better SMT, against LoRA", "study-better", "LoRA on q, k, v"),
-        ("Spread blocks", "study-spread", "SMT"),
-        ("Spread blocks, against LoRA", "study-spread", "LoRA on q, k, v"),
+        ("Blocks drawn or spread", "study-spread", "SMT"),
+        ("Blocks drawn or spread, against LoRA", "study-spread", "LoRA on q, k, v"),
+        ("Blocks drawn, against random ones", "study-spread", "random, all linear layers, 4²"),
+        ("All arms, against SMT with blocks drawn", "study-methods", "SMT, sampled, all linear layers, blocks of 4²"),
         ("Warm-up, and blocks chosen anew", "study-warmup", "SMT"),
         ("Size of the blocks", "study-sizes", "blocks of 8²"),
         ("Length of the warm-up", "study-sizes", ""),
