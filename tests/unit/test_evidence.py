@@ -164,6 +164,20 @@ def row(text, start):
 # Wins, ties and losses ------------------------------------------------------------------------------------------------
 
 
+def test_drawn_blocks_have_lines_of_their_own_in_short(made):
+    made.control(25, 125)
+    made.arm("study-methods", "SMT", 60)
+    made.arm("study-methods", "LoRA on q, k, v", 100)
+    made.arm("study-methods", "SMT, sampled, all linear layers, blocks of 4²", 100)
+    short = part(made.text(), "## In short")
+    smt, drawn = short.split("**SMT, sampled, all linear layers, blocks of 4²**")
+    assert re.search(
+        r"\*loses\*: SMT, sampled, all linear layers, blocks of 4²: −20\.0 .*; LoRA on q, k, v: −20\.0", smt
+    )
+    assert re.search(r"\*wins\*: SMT: \+20\.0", drawn)
+    assert re.search(r"\*(ties|undecided)\*: LoRA on q, k, v: [+−]0\.0", drawn)
+
+
 def test_wins_ties_losses_and_what_is_undecided(made):
     made.control()
     made.arm("study-methods", "SMT", 100, validation_loss=lambda seed: 1.0 + 0.01 * seed)
@@ -185,7 +199,7 @@ def test_wins_ties_losses_and_what_is_undecided(made):
     short = part(text, "## In short")
     assert "*wins*: DoRA: +20.0" in short
     assert re.search(r"\*loses\*: rsLoRA: −15\.0 .*; Full fine-tuning: −25\.0", short)
-    assert "not run: SMT in the gradient's basis; LoRA on all linear layers; Super-tuning; SIFT" in short
+    assert "blocks of 4²; control: random blocks; SMT in the gradient's basis; LoRA on all linear layers; " in short
     loss = part(text, "## The same by held-out loss")
     assert re.match(r"\+0\.100 \(\+0\.\d+ to \+0\.10\d\)", row(loss, "LoRA on q, k, v")[3])
     assert row(loss, "LoRA on q, k, v")[4] == "*higher*"

@@ -10,7 +10,7 @@ from smtune.report.benchmarks.markdown import prose, section, table
 from smtune.reproduce import numbers
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.claims import Claim
-from smtune.reproduce.evidence.contrasts import Contrast, accuracy
+from smtune.reproduce.evidence.contrasts import Contrast, accuracy, contrast
 from smtune.reproduce.evidence.control import GAIN, SOLVED
 from smtune.reproduce.evidence.judges import DOES_NOT, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Evidence
 from smtune.reproduce.evidence.records import Found
@@ -18,6 +18,12 @@ from smtune.reproduce.evidence.tasks import Task, adjusted, is_lost_to_holm, not
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, trained_share
 from smtune.reproduce.numbers import DASH
+
+DRAWN = [
+    ("study-methods", "SMT, sampled, all linear layers, blocks of 4²"),
+    ("study-short", "SMT, sampled, all linear layers, blocks of 32²"),
+]
+"""SMT with blocks drawn, by experiment and label, on mini and on SmolLM2."""
 
 OF_SMT = {"better": "wins", "worse": "loses", "tie": "ties", "undecided": "undecided"}
 WINS = "#wins-ties-and-losses"
@@ -35,21 +41,36 @@ def _in_short(task: Task, links: Links) -> str:
         return f"Nothing may be concluded: {task.control.fault} ({cells})."
     if task.smt is None:
         return "SMT at 0.84 % has not been run."
-    by_verdict: dict[str, list[str]] = {}
-    for one, p in zip(task.contrasts, adjusted(task.contrasts)):
-        after = ", not after Holm" * is_lost_to_holm(one, p)
-        by_verdict.setdefault(one.verdict, []).append(f"{one.second.label}: {numbers.points(one.difference)}{after}")
-    texts = [
-        f"  - *{word}*: {words.listed(by_verdict[verdict])}"
-        for verdict, word in OF_SMT.items()
-        if verdict in by_verdict
-    ]
+    texts = [f"  - {text}" for text in _by_verdict(task.contrasts)]
     if not texts:
         return f"SMT at 0.84 % has nothing beside it yet ({links.cells(task.results, task.smt.records)})."
     cells = links.cells(task.results, task.smt.records)
     lead = f"SMT at 0.84 % ({cells}), points less the other, whose cells are in the [table]({WINS}):"
-    missing = not_run(task.rivals)
-    return "\n".join([lead, *texts, *[f"  - not run: {words.listed(missing)}"] * bool(missing)])
+    missing = [f"  - not run: {words.listed(labels)}"] if (labels := not_run(task.rivals)) else []
+    return "\n".join([lead, *texts, *missing, *_drawn_in_short(task, links)])
+
+
+def _by_verdict(contrasts: Sequence[Contrast]) -> list[str]:
+    """A line for each verdict on the first arms: who the others are, and by how much."""
+    found: dict[str, list[str]] = {}
+    for one, p in zip(contrasts, adjusted(contrasts)):
+        after = ", not after Holm" * is_lost_to_holm(one, p)
+        found.setdefault(one.verdict, []).append(f"{one.second.label}: {numbers.points(one.difference)}{after}")
+    return [f"*{word}*: {words.listed(found[verdict])}" for verdict, word in OF_SMT.items() if verdict in found]
+
+
+def _drawn_in_short(task: Task, links: Links) -> list[str]:
+    """The same of SMT whose blocks are drawn, the best of the variants."""
+    found = [arm for name, label in DRAWN if (arm := task.arm(name, label))]
+    if not found:
+        return []
+    drawn = found[0]
+    others = [*([task.smt] if task.smt else []), *(arm for arm in task.rivals if arm.label != drawn.label)]
+    contrasts = [one for arm in others if (one := contrast(drawn, arm))]
+    return [
+        f"  - **{drawn.label}** ({links.cells(task.results, drawn.records)}), points less the other:",
+        *[f"    - {text}" for text in _by_verdict(contrasts)],
+    ]
 
 
 # The control ----------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Task:
         rivals: dict[str, Found] = {}
         for arm in (arm for name in COMPARED for arm in self.arms(name)):
             row = arm.arm.row
-            is_smt = (row.method, row.criterion, row.shuffled) == ("smt", "abs_of_sum", False)
+            is_smt = (row.method, row.criterion, row.policy, row.shuffled) == ("smt", "abs_of_sum", None, False)
             if row.method == "base" or is_smt or not (row.method in UNBUDGETED or arm.arm.budget == BUDGET):
                 continue
             rivals.setdefault(json.dumps(arm.arm.fixed, sort_keys=True), arm)
