@@ -93,7 +93,7 @@ class Plan:
         batches_seen: warm-up batches, over all ranks.
         model_name: where the model came from, or "".
         shares: the shares of the policy `shares`, or None.
-        seed: of a random criterion or a shuffled plan.
+        seed: of a random criterion, the policy `sampled` or a shuffled plan.
         max_backward_cost: the limit that was set on the cost of the backward, or None.
         backward_cost: what the plan costs, a fraction of the whole dX chain; None where it was not counted.
         score_kept: the share of the score that the same policy reaches without the limit; None without a limit.
