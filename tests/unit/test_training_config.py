@@ -130,7 +130,7 @@ def test_every_fault_is_told_at_once(tmp_path):
         ("smt.criterion", "abs_sum", "smt.criterion: expected criterion to be one of abs_of_sum, net"),
         ("smt.criterion", [1], "smt.criterion: expected criterion to be one of abs_of_sum, net"),
         ("smt.policy", "shares", "smt.policy: expected `shares` with the policy"),
-        ("smt.policy", "globl", "smt.policy: expected policy to be one of global, per_module, shares."),
+        ("smt.policy", "globl", "smt.policy: expected policy to be one of global, per_module, shares, sampled."),
         ("smt.policy", 3, "smt.policy: expected a string. Got 3."),
         (
             "smt.accumulator_device",
