@@ -199,7 +199,8 @@ def test_wins_ties_losses_and_what_is_undecided(made):
     short = part(text, "## In short")
     assert "*wins*: DoRA: +20.0" in short
     assert re.search(r"\*loses\*: rsLoRA: −15\.0 .*; Full fine-tuning: −25\.0", short)
-    assert "blocks of 4²; control: random blocks; SMT in the gradient's basis; LoRA on all linear layers; " in short
+    drawn = "SMT, sampled; SMT, sampled, all linear layers, blocks of 4²; control: random blocks"
+    assert f"not run: {drawn}; SMT in the gradient's basis; LoRA on all linear layers; Super-tuning; SIFT" in short
     loss = part(text, "## The same by held-out loss")
     assert re.match(r"\+0\.100 \(\+0\.\d+ to \+0\.10\d\)", row(loss, "LoRA on q, k, v")[3])
     assert row(loss, "LoRA on q, k, v")[4] == "*higher*"

@@ -22,6 +22,9 @@ from smtune.selection import Plan
 
 Batch = dict[str, Tensor]
 
+OPTIMIZERS: dict[str | None, type[BlockAdamW | BlockMuon]] = {"muon": BlockMuon, "adamw-columns": ColumnAdamW}
+"""Of SMT, by the name that a row gives; AdamW has none."""
+
 
 def starts_in_fp32(method: str) -> bool:
     """Whether the whole model is trained, so that its weights must be fp32 whatever the cell's dtype."""
@@ -64,10 +67,8 @@ def build(
         plan = plan or make_plan(model, config, batches or ())
         arm = bench.wrapped(model, _smt_config(config, "random").with_plan(plan), "SMT", plan)
         arm.name = method
-        if config.get("optimizer") == "muon":
-            arm.optimizer = BlockMuon(arm.trained)
-        elif config.get("optimizer") == "adamw-columns":
-            arm.optimizer = ColumnAdamW(arm.trained)
+        if own := OPTIMIZERS.get(config.get("optimizer")):
+            arm.optimizer = own(arm.trained)
         elif config.get("reselect_every"):
             arm.optimizer = BlockAdamW(arm.trained)
         return arm

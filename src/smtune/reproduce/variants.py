@@ -20,6 +20,7 @@ from smtune.bench.sift import SparseEntries
 from smtune.blocks import tile
 from smtune.scoring import Scores, modes_and_flags_kept
 from smtune.selection import Plan
+from smtune.tuner.targets import count_parameters
 
 Batch = dict[str, Tensor]
 
@@ -85,7 +86,7 @@ def make_plan(model: nn.Module, config: smtune.SMTConfig, criterion: str, batche
             for name, weight in weights.items()
         }
     found = Scores(scores, block_size=size, criterion=criterion, batches_seen=seen)
-    return smtune.select_blocks(found, config, sum(parameter.numel() for parameter in model.parameters()))
+    return smtune.select_blocks(found, config, count_parameters(model))
 
 
 def spread_plan(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Batch]) -> Plan:
@@ -93,7 +94,7 @@ def spread_plan(model: nn.Module, config: smtune.SMTConfig, batches: Iterable[Ba
     scores = smtune.score_blocks(model, batches, config, progress=False)
     for name, score in scores.items():
         scores[name] = spread(score)
-    return smtune.select_blocks(scores, config, sum(parameter.numel() for parameter in model.parameters()))
+    return smtune.select_blocks(scores, config, count_parameters(model))
 
 
 def spread(score: Tensor) -> Tensor:

@@ -19,12 +19,6 @@ from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, trained_share
 from smtune.reproduce.numbers import DASH
 
-DRAWN = [
-    ("study-methods", "SMT, sampled, all linear layers, blocks of 4²"),
-    ("study-short", "SMT, sampled, all linear layers, blocks of 32²"),
-]
-"""SMT with blocks drawn, by experiment and label, on mini and on SmolLM2."""
-
 OF_SMT = {"better": "wins", "worse": "loses", "tie": "ties", "undecided": "undecided"}
 WINS = "#wins-ties-and-losses"
 
@@ -61,10 +55,9 @@ def _by_verdict(contrasts: Sequence[Contrast]) -> list[str]:
 
 def _drawn_in_short(task: Task, links: Links) -> list[str]:
     """The same of SMT whose blocks are drawn, the best of the variants."""
-    found = [arm for name, label in DRAWN if (arm := task.arm(name, label))]
-    if not found:
+    drawn = task.drawn
+    if drawn is None:
         return []
-    drawn = found[0]
     others = [*([task.smt] if task.smt else []), *(arm for arm in task.rivals if arm.label != drawn.label)]
     contrasts = [one for arm in others if (one := contrast(drawn, arm))]
     return [

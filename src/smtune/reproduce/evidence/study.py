@@ -15,7 +15,7 @@ from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.contrasts import Contrast, contrast, paired
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.evidence.sections import contrast_table
-from smtune.reproduce.evidence.tasks import BUDGET, Task, adjusted, is_lost_to_holm, not_run
+from smtune.reproduce.evidence.tasks import BUDGET, DRAWN, Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, overlap, overlap_by_chance
 from smtune.reproduce.numbers import DASH
@@ -305,7 +305,7 @@ def better_section(tasks: Sequence[Task], links: Links) -> str:
         ("Blocks drawn or spread", "study-spread", "SMT"),
         ("Blocks drawn or spread, against LoRA", "study-spread", "LoRA on q, k, v"),
         ("Blocks drawn, against random ones", "study-spread", "random, all linear layers, 4²"),
-        ("All arms, against SMT with blocks drawn", "study-methods", "SMT, sampled, all linear layers, blocks of 4²"),
+        ("All arms, against SMT with blocks drawn", *DRAWN["mini"]),
         ("Warm-up, and blocks chosen anew", "study-warmup", "SMT"),
         ("Size of the blocks", "study-sizes", "blocks of 8²"),
         ("Length of the warm-up", "study-sizes", ""),

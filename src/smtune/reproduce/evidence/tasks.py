@@ -22,6 +22,12 @@ SIGNIFICANT = 0.05
 COMPARED = ("study-methods", "study-criteria", "table2")
 """The experiments whose arms at `BUDGET` are held against SMT."""
 
+DRAWN = {
+    "mini": ("study-methods", "SMT, sampled, all linear layers, blocks of 4²"),
+    "smollm2": ("study-short", "SMT, sampled, all linear layers, blocks of 32²"),
+}
+"""SMT with its blocks drawn: by tier, its experiment and label."""
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -60,6 +66,12 @@ class Task:
         """SMT itself; None where it has not been run."""
         found = [arm for arm in pick(self.results, COMPARED[0], "SMT", self.family) if arm.arm.model == self.model]
         return found[0] if found and found[0].records else None
+
+    @cached_property
+    def drawn(self) -> Found | None:
+        """SMT with its blocks drawn; None where it has not been run."""
+        place = DRAWN.get(self.results.tier.name)
+        return self.arm(*place) if place else None
 
     @cached_property
     def rivals(self) -> list[Found]:
