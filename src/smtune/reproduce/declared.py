@@ -125,11 +125,19 @@ class Pruned(_Section):
 
     Attributes:
         seeds: the first so many of the tier's.
-        learning_rates: of rows that name none of their own.
+        learning_rates: of rows that name none of their own, by method; "default" for the others.
+        tiers: where it is so; elsewhere all of the tier's are run.
     """
 
     seeds: Count
-    learning_rates: list[float]
+    learning_rates: dict[str, list[float]]
+    tiers: list[str] = ["mini", "smollm2"]
+
+    def __str__(self) -> str:
+        """as "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
+        by_method = {method: ", ".join(f"{rate:g}" for rate in rates) for method, rates in self.learning_rates.items()}
+        others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
+        return f"rates {'; '.join([by_method['default'], *others])}; {self.seeds} seeds"
 
 
 class Experiment(_Section):
@@ -142,7 +150,7 @@ class Experiment(_Section):
         families: the tasks trained on and tested, of the tier's.
         rows: by scale. models: by scale, those of the tier's models that rows without their own are run on; None: all.
         cells_of: another experiment whose rows these are.
-        pruned: of the embedded scale.
+        pruned: what is left out, and in which tiers.
         published: the paper's numbers; note: what else the page says.
     """
 
@@ -292,14 +300,18 @@ class Tier(_Section):
         """The learning rates that a row of an experiment sweeps; one of no meaning where nothing is trained."""
         if row.method == "base" or experiment.kind != "train":
             return [0.0]
-        pruned = experiment.pruned.learning_rates if experiment.pruned and self.scale == "embedded" else None
-        own = self.learning_rates.get(row.method) or self.learning_rates["default"]
-        return row.learning_rates or pruned or own
+        pruned = self.pruned(experiment)
+        by_method = pruned.learning_rates if pruned else self.learning_rates
+        return row.learning_rates or by_method.get(row.method) or by_method["default"]
 
     def seeds_of(self, experiment: Experiment) -> list[int]:
         """The seeds that an experiment runs with if it is not told which."""
-        pruned = experiment.pruned if self.scale == "embedded" else None
-        return self.seeds[: pruned.seeds] if pruned is not None else self.seeds
+        pruned = self.pruned(experiment)
+        return self.seeds[: pruned.seeds] if pruned else self.seeds
+
+    def pruned(self, experiment: Experiment) -> Pruned | None:
+        """What an experiment leaves out in this tier."""
+        return experiment.pruned if experiment.pruned and self.name in experiment.pruned.tiers else None
 
 
 def experiment_names() -> list[str]:

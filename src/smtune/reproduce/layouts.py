@@ -122,14 +122,15 @@ def _how(result: Result) -> str:
         return ""
     tier = result.request.setting.declared
     recipe = tier.recipe
-    pruned = ", of a pruned sweep" if result.experiment.pruned is not None and tier.scale == "embedded" else ""
+    pruned = tier.pruned(result.experiment)
+    sweep = f"rows; a pruned sweep: {pruned}" if pruned else "rows"
     length = f"{result.request.setting.steps or recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
     text = (
         "Accuracy in percent, mean over the seeds there are; in parentheses 95 % intervals over items and, where there "
         "are several, seeds. "
         "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
         f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
-        f"rows{pruned}. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
+        f"{sweep}. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
         "whole interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on "
         "held-out text of another kind."
     )

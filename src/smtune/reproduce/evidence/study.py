@@ -330,12 +330,11 @@ def _variants(task: Task, experiment: str, reference: str, links: Links) -> list
         if one.verdict in found:
             found[one.verdict].append(one.first.label + ", not after Holm" * is_lost_to_holm(one, p))
     told = [f"{word}: {words.listed(labels)}" for word, labels in found.items() if labels]
-    pruned = load_experiment(experiment).pruned if task.results.tier.scale == "embedded" else None
-    rates = ", ".join(f"{rate:g}" for rate in pruned.learning_rates) if pruned else ""
+    pruned = task.results.tier.pruned(load_experiment(experiment))
     lead = [
         f"{words.name(against, with_budget=True)}: {links.cells(task.results, against.records)}.",
         f"By the interval, {'; '.join(told)}." if told else "None is told apart from it.",
-        *([f"A pruned sweep: rates {rates}, {pruned.seeds} seeds."] if pruned else []),
+        *([f"A pruned sweep: {pruned}."] if pruned else []),
     ]
     return [
         "" if task.control.fault else " ".join(lead),
