@@ -29,7 +29,7 @@ def curves(
         series: (x, value with its 95 % interval) by label; points need not be in order.
         path: of the file to write.
         x, y: what stands at the axes.
-        log: a logarithmic x axis.
+        log: a logarithmic x axis, with a tick at each x.
     """
     figure = new_figure(8.0, 4.8)
     axes = figure.subplots()
@@ -43,7 +43,10 @@ def curves(
             places, values, reach, fmt=f"o{line}", color=colour, label=label, markersize=4, elinewidth=0.8, capsize=2
         )
     if log:
+        places = sorted({place for points in series.values() for place, _ in points})
         axes.set_xscale("log")
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if len(series) > 1:
