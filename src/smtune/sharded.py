@@ -45,13 +45,15 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: the `PeftModel`; of DDP's wrapper and DeepSpeed's engine it is the `module`.
     Returns:
-        By name, on the CPU: every parameter that requires a gradient or belongs to blocks, and the blocks' indices. A
-        parameter that DeepSpeed holds in 16 bits comes as its fp32 master. Empty on every process but the first.
+        By name, on the CPU: every parameter that requires a gradient or belongs to an adapter (blocks, trained tokens,
+        `modules_to_save`), and the blocks' indices. A parameter that DeepSpeed holds in 16 bits comes as its fp32
+        master. Empty on every process but the first. Frozen embeddings are not in it: `save_embedding_layers` of
+        `save_pretrained` then has no effect.
     """
     keeps = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     state = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or _is_of_blocks(name):
+        if parameter.requires_grad or _is_of_adapter(name):
             value = _master(parameter)
             if keeps:
                 state[name] = value.to("cpu", copy=True)
@@ -62,6 +64,10 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _is_of_blocks(name: str) -> bool:
     return ".smt_blocks." in name
+
+
+def _is_of_adapter(name: str) -> bool:
+    return _is_of_blocks(name) or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import smtune
 from smtune import InputError, SMTConfig
-from smtune.blocks import scatter_
+from smtune.blocks import BlockGrid, BlockIndex, scatter_
 from smtune.tuner import SMTLinear
+from smtune.tuner.layer import Blocks
 
 SIZES = {
     "hidden_size": 64,
@@ -164,12 +165,37 @@ def test_an_unknown_architecture_names_its_linear_layers():
         smtune.make_plan(model, None, SMTConfig(criterion="weight"))
 
 
+def test_targets_that_fit_nothing_are_named():
+    config = make_config(target_modules=["q_proj", "k_prj"], layers_to_transform=[0, 7])
+    with pytest.warns(UserWarning, match="matches 'k_prj' of target_modules, 7 of layers_to_transform"):
+        peft.get_peft_model(make_base(), config)
+
+
 def test_config_faults_come_all_at_once():
     with pytest.raises(InputError) as error:
-        SMTConfig(block_size=0, budget=2.0, criterion="abs_of_sums", policy="shares", mode="residnt", warmup_steps=0)
+        SMTConfig(
+            block_size=0,
+            budget=2.0,
+            criterion="abs_of_sums",
+            policy="shares",
+            mode="residnt",
+            warmup_steps=0,
+            seed=1.5,  # type: ignore[arg-type]
+            layers_to_transform="0",  # type: ignore[arg-type]
+        )
     message = str(error.value)
-    for part in ("block_size", "budget", 'Did you mean "abs_of_sum"', "shares", 'Did you mean "resident"', "warmup"):
+    named = ("block_size", "budget", "shares", "warmup", "seed", "layers_to_transform")
+    for part in (*named, 'Did you mean "abs_of_sum"', 'Did you mean "resident"'):
         assert part in message
+
+
+def test_a_config_may_be_used_again():
+    config, plans = make_config(), []
+    for config.seed, config.budget in ((0, 12), (1, 12), (1, 20)):
+        plans.append(peft.get_peft_model(make_base(), config).peft_config["default"].get_plan())
+    assert [plan.n_blocks for plan in plans] == [12, 12, 20]
+    assert plans[0].modules != plans[1].modules
+    assert config.plan is None
 
 
 def test_paper_setting():
@@ -362,6 +388,29 @@ def test_a_backward_sees_its_own_forward():
         assert same(gradients(interrupt), expected)
 
 
+def step(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "message"),
+    [
+        ("resident", step, "Expected the blocks of .* as they were in the forward"),
+        ("resident", lambda model: model.merge_adapter(), "Expected the blocks of .* as they were in the forward"),
+        ("additive", step, "modified by an inplace operation"),
+    ],
+)
+def test_a_backward_refuses_blocks_that_changed_since(mode, change, message):
+    model = make_trained(mode=mode)
+    loss = model(**BATCH).loss
+    change(model)
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+
+
 def test_a_late_backward_does_not_leave_blocks_behind():
     base = weights(make_base())
     model = make_trained()
@@ -415,8 +464,32 @@ def test_a_tied_weight_is_not_written_into():
     expected = hidden @ (head + layer.get_delta_weight("default")).T
     torch.testing.assert_close(layer(hidden), expected)
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+    with pytest.raises(InputError, match=r"own to merge into\. That of lm_head is shared"):
+        model.merge_adapter()
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
     with pytest.raises(InputError, match="shared with another module"):
         peft.get_peft_model(model.unload(), make_config(target_modules=["lm_head"], mode="resident"))
+
+
+class TwoPlaces(nn.Module):
+    """One layer under two names, or two whose weights are the same memory."""
+
+    def __init__(self, one_layer: bool):
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.other = self.q_proj if one_layer else nn.Linear(4, 4)
+        self.other.weight = self.q_proj.weight if one_layer else nn.Parameter(self.q_proj.weight.data)
+
+
+@pytest.mark.parametrize("one_layer", [True, False])
+def test_blocks_do_not_act_where_the_weight_is_used_beside(one_layer):
+    torch.manual_seed(0)
+    base = TwoPlaces(one_layer)
+    plain, x = copy.deepcopy(base.other), torch.randn(3, 4)
+    model = peft.get_peft_model(base, small_config())
+    assert not torch.equal(base.q_proj(x), plain(x))
+    assert torch.equal(base.other(x), plain(x))
+    assert isinstance(model.base_model.model.q_proj, SMTLinear)
 
 
 class Small(nn.Module):
@@ -896,6 +969,15 @@ def test_further_modules_train_and_travel(tmp_path, mode):
     assert torch.equal(logits(model.base_model.model), logits(make_base()))
 
 
+def test_what_is_trained_besides_is_saved_when_frozen_too(tmp_path):
+    config = make_config(modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+    model = train(peft.get_peft_model(make_base(), config)).eval()
+    expected = logits(model)
+    model.requires_grad_(False)
+    model.save_pretrained(tmp_path, state_dict=smtune.trained_state_dict(model))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(make_base(), tmp_path).eval()), expected)
+
+
 def test_mode_is_checked_against_the_layer():
     class Odd(nn.Linear):
         def forward(self, x):
@@ -905,6 +987,19 @@ def test_mode_is_checked_against_the_layer():
         SMTLinear(Odd(4, 4), mode="resident", name="odd")
     assert not SMTLinear(Odd(4, 4), mode="auto").resident
     assert SMTLinear(nn.Linear(4, 4), mode="auto").resident
+
+
+@pytest.mark.parametrize(("first", "second"), [("resident", "additive"), ("additive", "resident")])
+def test_a_second_adapter_acts_as_the_first(first, second):
+    model = peft.get_peft_model(make_base(), make_config(mode=first))
+    with pytest.raises(InputError, match=f'Expected mode="{first}"'):
+        model.add_adapter("second", make_config(mode=second))
+
+
+def test_an_index_is_where_its_blocks_are():
+    places = BlockIndex.from_pairs(BlockGrid(32, 32, 16), [(0, 0), (1, 1)])
+    blocks = Blocks(places, torch.float32, torch.device("meta"), init_weights=True)
+    assert blocks.index.device == blocks.weight.device
 
 
 @pytest.mark.parametrize("published", [torch.bfloat16, torch.float16, torch.float32])

@@ -117,6 +117,22 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
+@pytest.mark.parametrize("wrapped", ["PeftModel", "tuner", "model"])
+def test_ddp_sends_no_buffers_of_ours(wrapped):
+    """By default DDP sends all buffers before every forward: the base's blocks would be as much as gradients are."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_model("resident", False)
+        model.add_adapter("second", model.peft_config["default"])
+        module = {"PeftModel": model, "tuner": model.base_model, "model": model.base_model.model}[wrapped]
+        names = {id(buffer): name for name, buffer in module.named_buffers()}
+        sent = [names[id(buffer)] for buffer in DistributedDataParallel(module).modules_buffers]
+    finally:
+        dist.destroy_process_group()
+    assert any("smt_originals" in name for name in names.values())
+    assert sent == [name for name in names.values() if "smt_" not in name]
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize(("wrapper", "mode", "checkpointing"), CASES)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smtune.blocks import BlockGrid, BlockIndex
+from smtune.blocks import BlockGrid, BlockIndex, scatter_
 from smtune.kernels import block_grad, block_grad_reference
 from smtune.kernels.candidates import CANDIDATES, used_candidate
+from smtune.kernels.loop import block_product_loop_
 
 PAIRS = [(3, 1), (0, 2), (3, 0), (0, 0), (1, 2)]
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5 + 2**-8, torch.float16: 1e-5 + 2**-11}
@@ -36,3 +37,18 @@ def test_the_used_candidate_is_what_block_grad_computes(dtype):
     grad_y, x = operands(dtype, index)
     candidate = CANDIDATES[used_candidate(dtype, x.device)]
     assert torch.equal(block_grad(grad_y, x, index), candidate(grad_y, x, index.pairs, 16))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_the_product_of_a_row_of_blocks_is_rounded_once(dtype, transpose):
+    grid = BlockGrid(32, 512, 16)
+    index = BlockIndex.from_pairs(grid, [(row, col) for row in range(2) for col in range(32)])
+    x = torch.randn(37, 32 if transpose else 512).to(dtype)
+    blocks = (1e-3 * torch.randn(64, 16, 16)).to(dtype)
+    y = torch.randn(37, 512 if transpose else 32).to(dtype)
+    dense = scatter_(torch.zeros(32, 512, dtype=torch.float64), index, blocks.double())
+    expected = y.double() + x.double() @ (dense if transpose else dense.T)
+    block_product_loop_(y, x, blocks, index.pairs, transpose)
+    rounding = torch.finfo(dtype).eps / 2 * expected.abs()
+    assert ((y.double() - expected).abs() <= rounding + 1e-5 * expected.abs().max()).all()

@@ -7,6 +7,7 @@ then three times as fast (docs/adr/0008 has the candidates, timed).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
@@ -72,10 +73,18 @@ def block_product_loop_(y_NO: Tensor, x_NI: Tensor, blocks: Tensor, pairs: Pairs
     Args:
         y_NO: (N, O), added to in place.
         x_NI: (N, I), dtype of y.
-        blocks: (m, l, l), dtype of y.
+        blocks: (m, l, l), dtype of y. In 16 bits the columns of x that one target reads are copied side by side, so
+            that their sum is rounded once.
     Cost: 2·N·m·l² FLOP.
     """
     size = blocks.shape[-1]
+    terms: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for (row, col), block in zip(pairs, blocks.unbind()):
         source, target, factor = (row, col, block) if transpose else (col, row, block.T)
-        y_NO[:, target * size : (target + 1) * size].addmm_(x_NI[:, source * size : (source + 1) * size], factor)
+        terms[target].append((x_NI[:, source * size : (source + 1) * size], factor))
+    for target, of_target in terms.items():
+        if len(of_target) > 1 and blocks.dtype != accumulation_dtype(blocks.dtype):
+            xs, factors = zip(*of_target)
+            of_target = [(torch.cat(xs, dim=1), torch.cat(factors))]  # one sum in fp32, rounded once
+        for x_Nl, factor in of_target:
+            y_NO[:, target * size : (target + 1) * size].addmm_(x_Nl, factor)

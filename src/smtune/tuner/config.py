@@ -105,6 +105,12 @@ class SMTConfig(PeftConfig):
                 f"Expected mode to be one of {', '.join(MODES)}. Got {self.mode!r}."
                 + did_you_mean(str(self.mode), MODES)
             )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            faults.append(f"Expected seed to be an integer from 0 to 2**63 - 1. Got {self.seed!r}.")
+        layers = self.layers_to_transform
+        numbers = [] if layers is None else layers if isinstance(layers, (list, tuple, set, range)) else [layers]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            faults.append(f"Expected layers_to_transform to be numbers of decoder layers, from 0. Got {layers!r}.")
         if type(self.warmup_steps) is not int or self.warmup_steps < 1:
             faults.append(f"Expected warmup_steps to be a positive integer. Got {self.warmup_steps!r}.")
         collect(check_budget, self.budget)

@@ -61,7 +61,7 @@ class Blocks(nn.Module):
         if not init_weights:
             nn.init.normal_(weight, std=0.02)
         self.weight = nn.Parameter(weight)
-        self.register_buffer("index", self._index())
+        self.register_buffer("index", self._index().to(device))
 
     def _index(self) -> Tensor:
         return torch.stack([self.places.rows, self.places.cols], dim=1)
@@ -157,16 +157,24 @@ class SMTLinear(nn.Module, SMTLayer):
         base_layer: an `nn.Linear`, a transformers `Conv1D`, or a quantised layer with `in_features` and `out_features`.
         mode: "auto", "resident" or "additive"; see `SMTConfig`.
         name: the layer's name in the model, for messages.
+        is_shared: whether another module has the same weight, such as tied embeddings; blocks written into it would
+            act there too, so it is left alone.
     Raises:
-        InputError: no linear layer, or resident mode for a weight that is not a dense floating tensor.
+        InputError: no linear layer, or resident mode for a weight that is shared or not a dense floating tensor.
     """
 
     base_layer: Any
     smt_originals: Tensor | None
 
-    def __init__(self, base_layer: Any, mode: str = "auto", name: str = "") -> None:
+    def __init__(self, base_layer: Any, mode: str = "auto", name: str = "", is_shared: bool = False) -> None:
         super().__init__()
+        if is_shared and mode == "resident":
+            raise InputError(
+                f"Expected a weight of its own for resident mode. That of {name} is shared with another module: use "
+                'mode="additive", or "auto".'
+            )
         self.base_layer = base_layer
+        self.is_shared = is_shared
         shape = shape_OI(base_layer)
         if shape is None:
             raise InputError(f"Expected a linear layer at {name}. Got a {type(base_layer).__name__}: leave it out.")
@@ -185,7 +193,7 @@ class SMTLinear(nn.Module, SMTLayer):
                 f'{type(base_layer).__name__} at {name}: use mode="additive", or "auto".'
             )
         is_whole = not is_sharded(getattr(base_layer, "weight", None))
-        self.resident = (can_be_resident and is_whole) if mode == "auto" else mode == "resident"
+        self.resident = (can_be_resident and is_whole and not is_shared) if mode == "auto" else mode == "resident"
 
         # The base's blocks over the union of all adapters, (U, l, l) in its dtype or a narrower one that holds them.
         self.register_buffer("smt_originals", None, persistent=False)
@@ -447,8 +455,18 @@ class SMTLinear(nn.Module, SMTLayer):
 
     def _hooked(self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None) -> Tensor:
         """This layer's backward reads W: just before it, let the blocks of its forward's adapters stand there."""
+        if not (y.requires_grad and self.resident):
+            return y
+        merged = [*self.merged_adapters]
+        known = None if torch.compiler.is_compiling() else total
+        version = None if known is None else known._version
 
         def before_backward(grad_y: Tensor) -> None:
+            if self.merged_adapters != merged or (known is not None and known._version != version):
+                raise RuntimeError(
+                    f"Expected the blocks of {self._name} as they were in the forward. They were changed since, by an "
+                    "optimizer's step, a merge or an unmerge: run the backward first, or the forward again."
+                )
             if self.merged:
                 return
             if adapters is None or total is None:
@@ -456,8 +474,7 @@ class SMTLinear(nn.Module, SMTLayer):
             else:
                 self._stand(adapters, total)
 
-        if y.requires_grad and self.resident:
-            y.register_hook(before_backward)
+        y.register_hook(before_backward)
         return y
 
     # Merging ----------------------------------------------------------------------------------------------------
@@ -474,6 +491,12 @@ class SMTLinear(nn.Module, SMTLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
         if not names:
             return
+        if self.is_shared:
+            raise InputError(
+                f"Expected a weight of its own to merge into. That of {self._name} is shared with another module, "
+                "which would be changed too. Give it a copy of the weight before the adapter is made, and set "
+                "`tie_word_embeddings=False` in the model's configuration; or keep the adapter unmerged."
+            )
         if self.is_dense and not _is_here(self.base_layer.weight):
             raise InputError(
                 f"Expected the whole weight to merge into. That of {self._name} is sharded or offloaded: save the "

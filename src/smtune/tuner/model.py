@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from torch import nn
+from torch import Tensor, nn
 
 from smtune.depth import backward_end, siblings
 from smtune.errors import InputError
@@ -46,7 +47,8 @@ class SMTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Before anything is replaced; PEFT's own hook for this is not called for a second adapter.
-        config = self.peft_config[adapter_name]
+        # A copy, for the caller may make another adapter of the same configuration with other values.
+        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
         self._complete(model, config)
         self.check_block_size(adapter_name, config)
         if not config.inference_mode:
@@ -54,6 +56,15 @@ class SMTModel(BaseTuner):
             keep_trainable(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         share_inputs(model)
+        # As DDP reads it: of what follows from the base and the plan nothing is sent before every forward.
+        own = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+        model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*own, *_derived(model)]))  # type: ignore[assignment]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The model's, for a DDP of this module or of the `PeftModel` around it, which asks here."""
+        names = getattr(self.model, "_ddp_params_and_buffers_to_ignore", [])
+        return [prefix + name for prefix in ("model.", "base_model.model.") for name in names]
 
     @staticmethod
     def _complete(model: nn.Module, config: Any) -> None:
@@ -106,6 +117,11 @@ class SMTModel(BaseTuner):
     ) -> None:
         places = peft_config.block_map()[current_key]
         if isinstance(target, SMTLinear):
+            if peft_config.mode != "auto" and (peft_config.mode == "resident") != target.resident:
+                raise InputError(
+                    f'Expected mode="{target.extra_repr()}", which the adapters that are there have made of '
+                    f'{current_key}, or "auto". Got {peft_config.mode!r}.'
+                )
             target.update_layer(adapter_name, places, peft_config.init_weights)
             return
         layer = self.wrapped(peft_config, target, current_key)
@@ -117,7 +133,7 @@ class SMTModel(BaseTuner):
 
     def wrapped(self, config: Any, target: nn.Module, name: str) -> SMTLinear:
         """`target` as the base of a layer without adapters, not yet in its place."""
-        layer = SMTLinear(target, self._mode(config.mode, target, name), name)
+        layer = SMTLinear(target, config.mode, name, self._is_shared(target))
         if quantization_utils is not None and not layer.is_dense:
             options = quantization_utils.get_quantization_kwargs(self.model)
             # peft refuses weights that torchao has quantised without transformers: these train, but do not merge.
@@ -125,18 +141,13 @@ class SMTModel(BaseTuner):
                 layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
         return layer
 
-    def _mode(self, mode: str, target: Any, name: str) -> str:
-        """Blocks written into a weight that other modules share, such as tied embeddings, would act in those too."""
+    def _is_shared(self, target: Any) -> bool:
+        """Whether the layer or its weight has another place in the model, such as tied embeddings."""
         weight = getattr(target, "weight", None)
-        owners = sum(weight is own for module in self.model.modules() for own in module._parameters.values())
-        if weight is None or owners < 2:
-            return mode
-        if mode == "resident":
-            raise InputError(
-                f"Expected a weight of its own for resident mode. That of {name} is shared with another module: use "
-                'mode="additive", or "auto".'
-            )
-        return "additive"
+        if weight is None:
+            return False
+        modules = [module for _, module in self.model.named_modules(remove_duplicate=False)]
+        return sum(_is_same(weight, own) for module in modules for own in module._parameters.values()) > 1
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)
@@ -187,6 +198,21 @@ class SMTModel(BaseTuner):
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         with backward_end(self.model, trained):
             yield
+
+
+def _derived(model: nn.Module) -> list[str]:
+    """The buffers that every process makes for itself: copies of the base's blocks, and where blocks are."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SMTLinear)]
+    originals = [f"{name}.smt_originals" for name, _ in layers]
+    return originals + [f"{name}.smt_blocks.{adapter}.index" for name, layer in layers for adapter in layer.smt_blocks]
+
+
+def _is_same(weight: Tensor, other: Tensor | None) -> bool:
+    """Whether two parameters are one, or one's memory is the other's."""
+    if weight is other or other is None:
+        return weight is other
+    are_plain = type(weight.data) is Tensor and type(other.data) is Tensor
+    return are_plain and weight.shape == other.shape and weight.data_ptr() == other.data_ptr() != 0
 
 
 def _check_checkpoint(tuner: SMTModel, state_dict: dict, prefix: str, *args: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +237,7 @@ def _dense_weight_of(module: Any) -> Callable[[], Tensor]:
 
 def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
     config = copy.copy(config)
+    given = [] if config.target_modules is None or isinstance(config.target_modules, str) else config.target_modules
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in NO_ATTENTION:
@@ -254,11 +256,8 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
     _maybe_include_all_linear_layers(config, model)  # expands "all-linear" in place
     # Inside an adapted layer stand its base layer and its blocks; the layer itself is the target.
     inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
-    matches = [
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    ]
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    matches = [name for name in names if check_target_module_exists(config, name)]
     if not matches:
         endings = _linear_endings(model)
         known = endings.split(", ")
@@ -271,7 +270,24 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
             + (f" in layers {config.layers_to_transform!r}" if config.layers_to_transform is not None else "")
             + f", which match none.{hint} Linear layers of this model: {endings}."
         )
+    _warn_of_idle(matches, config, sorted(given))
     return matches
+
+
+def _warn_of_idle(matches: list[str], config: SMTConfig, targets: list[str]) -> None:
+    """Warn of names and numbers that no match comes from: they may be misspelt, while others hide it."""
+    layers = config.layers_to_transform
+    numbers = [layers] if isinstance(layers, int) else layers or ()
+    narrower = {f"{name!r} of target_modules": {"target_modules": {name}} for name in targets}
+    narrower |= {f"{number} of layers_to_transform": {"layers_to_transform": [number]} for number in numbers}
+    idle = []
+    for words, changes in narrower.items():
+        part = copy.copy(config)
+        part.__dict__.update(changes)
+        if not any(check_target_module_exists(part, name) for name in matches):
+            idle.append(words)
+    if idle:
+        warnings.warn(f"No layer to choose blocks from matches {', '.join(idle)}. The others are used.", stacklevel=2)
 
 
 def _linear_endings(model: nn.Module) -> str:
