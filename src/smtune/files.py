@@ -24,6 +24,14 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def let_read(folder: Path) -> None:
+    """Give a folder and all in it the usual rights: temporary folders and safetensors' files are for one user alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write an object as JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

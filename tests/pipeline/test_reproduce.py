@@ -9,7 +9,11 @@ import csv
 import hashlib
 import json
 import re
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import yaml
 
@@ -269,6 +273,8 @@ def test_the_paper_scale_names_the_data_it_needs(capsys, tmp_path):
         (["--seeds", "one"], "whole numbers"),
         (["--data", "nowhere"], "folder"),
         (["--resume", "--output", "nowhere"], "leave out --resume"),
+        (["evidence", "--output", "nowhere"], "nowhere has none"),
+        (["table5", "--tier", "smollm2", "--data", ".", "--dry-run"], "train/mawps.jsonl"),
     ],
 )
 def test_what_is_refused(arguments, message, capsys):
@@ -319,3 +325,41 @@ def test_two_jobs_give_the_same_cells_as_one(output, tmp_path):
     for path in found:
         one, two = Store(output / "cells").load(path.stem), Store(tmp_path / "cells").load(path.stem)
         assert (one["metrics"], one["plan"], one["items"]) == (two["metrics"], two["plan"], two["items"])
+
+
+SWEEP = """
+import os, signal, sys, time
+from smtune.reproduce.run import _pool
+
+def work(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with _pool(2, 1) as pool:
+        for _ in range(2):
+            pool.submit(work, sys.argv[1])
+        while len(os.listdir(sys.argv[1])) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_sweep_leaves_no_workers(tmp_path):
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    (tmp_path / "workers").mkdir()
+    subprocess.run([sys.executable, tmp_path / "sweep.py", tmp_path / "workers"], timeout=300)
+    workers = {int(path.name) for path in (tmp_path / "workers").iterdir()}
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while workers and time.monotonic() < deadline:
+        time.sleep(0.2)
+        workers = {pid for pid in workers if is_running(pid)}
+    assert not workers
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -66,8 +66,9 @@ def check(request: Request, writable: Sequence[Path]) -> None:
     faults += [f"Expected tokens to be a multiple of 4, the rows of a batch. Got {count}." for count in wrong]
     if request.rounds < 1:
         faults.append(f"Expected at least one round. Got {request.rounds}.")
-    if request.threads is not None and request.threads < 1:
-        faults.append(f"Expected at least one thread. Got {request.threads}.")
+    cores = os.cpu_count() or 1
+    if request.threads is not None and not 1 <= request.threads <= cores:
+        faults.append(f"Expected from 1 to {cores} threads, the cores here. Got {request.threads}.")
     if request.device == "cuda" and not torch.cuda.is_available():
         faults.append("Expected a CUDA device here. There is none: use --device cpu.")
     if request.arms is not None and "appendix-a" in request.arms and request.rival is None:

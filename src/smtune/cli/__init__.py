@@ -6,7 +6,9 @@ without a traceback; `--debug` shows it. The upper layers are imported inside th
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +25,7 @@ from rich.markup import escape
 from smtune.cli.bench import bench
 from smtune.cli.reproduce import reproduce
 from smtune.errors import InputError
+from smtune.files import let_read
 from smtune.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +67,8 @@ def select(
     plan = select_plan(load_config(config, overrides or []), console)
     plan.save(output)
     Console().print(plan_table(plan))
-    command = shlex.join(["smtune", "train", str(config), *(overrides or []), f"smt={{plan: {output}}}"])
+    place = str(output) if re.fullmatch(r"[\w./-]+", str(output)) else json.dumps(str(output), ensure_ascii=False)
+    command = shlex.join(["smtune", "train", str(config), *(overrides or []), f"smt={{plan: {place}}}"])
     console.print(f"Wrote {output}. Train it:\n  {command}", soft_wrap=True, markup=False)
 
 
@@ -234,7 +238,7 @@ def merge(
         with quiet():
             merged.save_pretrained(temporary)
             load_tokenizer(adapter).save_pretrained(temporary)
-        temporary.chmod(0o755)
+        let_read(temporary)
         if output.exists():
             output.rmdir()
         temporary.rename(output)
@@ -271,8 +275,6 @@ def inspect(
 
 def _find_plan(path: Path) -> Plan:
     """The plan in a file, a run folder, or an adapter's configuration."""
-    import json
-
     from smtune.selection import Plan
 
     if not path.exists():

@@ -188,8 +188,13 @@ def _list(names: list[str], request: Request, output: Path) -> None:
 
 def _dry_run(names: list[str], request: Request, jobs: int) -> None:
     from smtune.reproduce import dry
+    from smtune.reproduce.declared import load_experiment
+    from smtune.reproduce.setting import load_data
 
     console = Console()
+    if request.setting.data is not None:
+        for family in dict.fromkeys(family for name in names for family in load_experiment(name).families):
+            load_data(request.setting, family)  # says which file is missing
     for name in names:
         console.print(dry.table(name, dry.estimate(request, name), jobs))
     tier = request.setting.declared
@@ -223,6 +228,8 @@ def _run(names: list[str], request: Request, output: Path, jobs: int, threads: i
     from smtune.reproduce.layouts import collect, render
     from smtune.reproduce.run import Runner
 
+    if output.exists() and not output.is_dir():
+        raise InputError(f"Expected --output to be a folder. {output} is a file.")
     output.mkdir(parents=True, exist_ok=True)
     asked = {"experiments": names, "setting": asdict(request.setting), "seeds": request.seeds}
     write_json(output / REQUEST, {**asked, "max_cells": request.max_cells, "date": time.strftime("%Y-%m-%d")})

@@ -137,7 +137,7 @@ def table(name: str, estimates: list[Estimate], jobs: int) -> Table:
     for heading in ("family", "model", "method", "budget"):
         shown.add_column(heading)
     for heading in ("cells", "trained", "of the model", "memory of a step", "steps", "time of a cell"):
-        shown.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right", overflow="fold")
     for each in estimates:
         counted, arm = each.memory, each.arm
         shown.add_row(

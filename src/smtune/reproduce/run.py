@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -237,11 +238,15 @@ def _pool(jobs: int, threads: int | None) -> Any:
     for number in range(jobs):
         numbers.put(number)
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(numbers, threads))
+    return ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_start_worker, initargs=(numbers, threads, os.getpid())
+    )
 
 
-def _start_worker(numbers: Any, threads: int | None) -> None:
-    """In each process, before torch is used: its GPU, its threads."""
+def _start_worker(numbers: Any, threads: int | None, parent: int | None = None) -> None:
+    """In each process, before torch is used: its GPU, its threads, and an end when its parent is gone."""
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     number = numbers.get() if numbers is not None else None
     if number is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -251,6 +256,13 @@ def _start_worker(numbers: Any, threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after the one that started it, however that ended: a killed sweep leaves no work behind."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _in_worker(cell: Cell, setting: Setting) -> Any:
