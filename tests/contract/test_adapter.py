@@ -190,12 +190,18 @@ def test_config_faults_come_all_at_once():
 
 
 def test_a_config_may_be_used_again():
-    config, plans = make_config(), []
+    config, models = make_config(), []
     for config.seed, config.budget in ((0, 12), (1, 12), (1, 20)):
-        plans.append(peft.get_peft_model(make_base(), config).peft_config["default"].get_plan())
+        models.append(peft.get_peft_model(make_base(), config))
+    plans = [model.peft_config["default"].get_plan() for model in models]
     assert [plan.n_blocks for plan in plans] == [12, 12, 20]
     assert plans[0].modules != plans[1].modules
-    assert config.plan is None
+    for model, plan in zip(models, plans):
+        assert {name: len(plan.index(name)) for name in plan.modules if len(plan.index(name))} == {
+            name.removeprefix("base_model.model."): len(layer.smt_blocks["default"].weight)
+            for name, layer in model.named_modules()
+            if isinstance(layer, SMTLinear)
+        }
 
 
 def test_paper_setting():

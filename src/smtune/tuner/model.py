@@ -47,9 +47,7 @@ class SMTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Before anything is replaced; PEFT's own hook for this is not called for a second adapter.
-        # A copy, for the caller may make another adapter of the same configuration with other values.
-        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
-        self._complete(model, config)
+        config = self._complete(model, adapter_name)
         self.check_block_size(adapter_name, config)
         if not config.inference_mode:
             check_backward(model)
@@ -66,22 +64,36 @@ class SMTModel(BaseTuner):
         names = getattr(self.model, "_ddp_params_and_buffers_to_ignore", [])
         return [prefix + name for prefix in ("model.", "base_model.model.") for name in names]
 
-    @staticmethod
-    def _complete(model: nn.Module, config: Any) -> None:
-        """Give the configuration a plan if it can have one without data, and check the plan against the model."""
-        if config.plan is None:
-            if config.criterion not in DATA_FREE:
-                raise InputError(
-                    f"Expected a plan: the criterion {config.criterion!r} scores blocks by gradients. Got a "
-                    "configuration without one. Make it first: `plan = smtune.make_plan(model, batches, config)`, "
-                    "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
-                )
-            config.plan = make_plan(model, None, config).to_dict()
-            config.block_size = config.plan["block_size"]
-        plan = Plan.from_dict(config.plan)
-        plan.check(model)
+    def _complete(self, model: nn.Module, adapter_name: str) -> Any:
+        """The adapter's configuration with a plan, made here if it can be had without data, and checked.
+
+        PEFT keeps the caller's own object, who may use it again with another seed or for another model. It then gets
+        its plan anew, in a copy, for the object itself is the first adapter's.
+        """
+        config: Any = self.peft_config[adapter_name]
+        if config.plan is None and config.criterion not in DATA_FREE:
+            raise InputError(
+                f"Expected a plan: the criterion {config.criterion!r} scores blocks by gradients. Got a "
+                "configuration without one. Make it first: `plan = smtune.make_plan(model, batches, config)`, "
+                "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
+            )
+        made, asked_size = config.__dict__.get("_made_here", (None, config.block_size))
+        if config.plan is made:  # None, or of an earlier use
+            fresh = copy.copy(config)
+            if made is not None and config.block_size == made["block_size"]:
+                fresh.block_size = asked_size
+            fresh.plan, size = None, fresh.block_size
+            plan = make_plan(model, None, fresh).to_dict()
+            if plan != made:
+                config = config if made is None else fresh
+                config.plan, config.block_size = plan, plan["block_size"]
+                config.__dict__["_made_here"] = plan, size
+                self.peft_config[adapter_name] = config
+        planned: Plan = config.get_plan()
+        planned.check(model)
         if config.target_modules is None:
-            config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
+            config.target_modules = {name.rpartition(".")[2] for name in planned.modules}
+        return config
 
     def check_block_size(self, adapter_name: str, config: Any) -> None:
         """Raises InputError if another adapter than the named one has blocks of another size in a layer of `config`."""
