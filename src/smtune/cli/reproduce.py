@@ -199,12 +199,13 @@ def _dry_run(names: list[str], request: Request, jobs: int) -> None:
         console.print(dry.table(name, dry.estimate(request, name), jobs))
     tier = request.setting.declared
     recipe = tier.recipe
-    steps = recipe.model_dump(exclude_none=True)
+    settings = ", ".join(f"{name} {value}" for name, value in recipe.model_dump(exclude_none=True).items())
     batch = f"{recipe.micro_batch_size} × {recipe.max_length}"
     console.print(
-        f"Recipe: {steps}, {tier.dtype} base, what is trained in fp32; blocks of {tier.block_size}².\n"
-        f"Memory: counted for a micro batch of {batch} tokens, without temporaries.\n"
-        f"Time: counted FLOP at an assumed {tier.flops_per_second:.2g} FLOP/s a job; an order of magnitude.\n"
+        f"Model: {', '.join(tier.models)}, {tier.dtype} base, what is trained in fp32; blocks of {tier.block_size}².\n"
+        f"Recipe: {settings}.\n"
+        f"Memory: of a step, counted for a micro batch of {batch} tokens, without temporaries.\n"
+        f"Time: of a cell, counted FLOP at an assumed {tier.flops_per_second:.2g} FLOP/s; an order of magnitude.\n"
         "Experiments that share cells run them once.",
         highlight=False,
     )

@@ -12,13 +12,13 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from smtune.errors import InputError
 from smtune.reproduce import memory
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
 from smtune.reproduce.declared import Size, load_experiment
-from smtune.reproduce.numbers import DASH
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
 from smtune.reproduce.train import count_steps
@@ -133,23 +133,32 @@ def table(name: str, estimates: list[Estimate], jobs: int) -> Table:
     seconds = sum(each.arm.n_cells * each.seconds for each in estimates) / jobs
     disk = sum(each.arm.n_cells * each.disk for each in estimates)
     title = f"{name}: {n_cells} cells, about {_span(seconds)}" + (f" with {jobs} jobs" if jobs > 1 else "")
-    shown = Table(title=f"{title}, {disk / 1e6:,.1f} MB of results")
-    for heading in ("family", "model", "method", "budget"):
-        shown.add_column(heading)
-    for heading in ("cells", "trained", "of the model", "memory of a step", "steps", "time of a cell"):
-        shown.add_column(heading, justify="right", overflow="fold")
+    shown = Table(
+        title=f"{title}, {disk / 1e6:,.1f} MB of results", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    several = {
+        "task": len({each.arm.family for each in estimates}) > 1,
+        "model": len({each.arm.model for each in estimates}) > 1,
+        "steps": len({each.steps for each in estimates if each.steps}) > 1,
+    }
+    for heading in [heading for heading in ("task", "model") if several[heading]]:
+        shown.add_column(heading, no_wrap=True)
+    shown.add_column("method", min_width=16)
+    for heading in ("cells", "trained", "share", "memory", *["steps"] * several["steps"], "time"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for each in estimates:
         counted, arm = each.memory, each.arm
+        trained = counted.trained_parameters
+        budget = "" if arm.row.method in UNBUDGETED else f", {budget_text(arm.budget)}"
         shown.add_row(
-            arm.family,
-            arm.model,
-            arm.row.label,
-            DASH if arm.row.method in UNBUDGETED else budget_text(arm.budget),
+            *[arm.family] * several["task"],
+            *[arm.model] * several["model"],
+            arm.row.label + budget,
             str(arm.n_cells),
-            f"{counted.trained_parameters:,}",
-            f"{100 * counted.trained_parameters / counted.total_parameters:.3g} %",
+            f"{trained:,}" if trained < 1e6 else f"{trained / 1e6:,.1f} M",
+            f"{100 * trained / counted.total_parameters:.3g} %",
             f"{counted.total / 1e9:.3g} GB",
-            f"{each.steps:,}",
+            *[f"{each.steps:,}"] * several["steps"],
             _span(each.seconds),
         )
     return shown
