@@ -434,6 +434,7 @@ GOOD = json.dumps(pair("p", "c"))
         (['{"promt": "p", "completion": "c"}'], 'line 1: Expected the fields of one shape: "messages" (messages); '
          '"instruction" and "output" (instruction); "prompt" and "completion" (prompt_completion); "text" (text). '
          'Got the fields promt, completion. Did you mean "prompt"?'),
+        (['{"conversations": []}'], 'ShareGPT\'s "conversations" become "messages"'),
         (["{}"], "Got no fields."),
         (['{"instruction": "i", "output": null}'], "Got the fields instruction."),
         (['{"prompt": "p", "completion": "c", "messages": []}'], "Got those of messages and prompt_completion: say "

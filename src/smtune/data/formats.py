@@ -118,6 +118,12 @@ def check_records(rows: Iterable[tuple[str, Any]], format: Format = "auto") -> l
     return records
 
 
+SHAREGPT = (
+    ' ShareGPT\'s "conversations" become "messages", a list of {"role": "user" or "assistant", "content": …}: '
+    '"from" is the role (human is user, gpt is assistant), "value" the content.'
+)
+
+
 def faults_error(faults: Sequence[str], among: str) -> InputError:
     """One error for many faults: the first few in full, and their number."""
     lines = [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
@@ -150,7 +156,9 @@ def _shape_fault(row: object, shape: Shape | None) -> str | None:
     if not shapes:
         options = "; ".join(f"{_quoted(keys)} ({name})" for name, keys in SHAPES.items())
         known = [key for keys in SHAPES.values() for key in keys]
-        hints = [did_you_mean(str(key), known) for key in row if key not in known]
+        hints = [
+            SHAREGPT if key == "conversations" else did_you_mean(str(key), known) for key in row if key not in known
+        ]
         return f"Expected the fields of one shape: {options}. Got {_fields(row)}.{next(filter(None, hints), '')}"
     if len(shapes) > 1:
         return f'Expected the fields of one shape. Got those of {" and ".join(shapes)}: say which by "format".'
