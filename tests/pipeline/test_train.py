@@ -171,6 +171,63 @@ def test_resume_from_any_remains(configure, quiet):
     assert same(trained_tensors(result), trained_tensors(train(configure(output="whole"), console=quiet)))
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def remove(path):
+    path.unlink()
+
+
+DAMAGES = [
+    ("optimizer.pt", remove, "optimizer.pt is missing"),
+    ("optimizer.pt", truncate, "optimizer.pt has"),
+    ("adapter_model.safetensors", truncate, "adapter_model.safetensors has"),
+    ("trainer_state.json", truncate, "trainer_state.json has"),
+    (COMPLETE, truncate, "COMPLETE cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGES)
+def test_a_damaged_checkpoint_is_not_resumed_from(configure, quiet, name, damage, message):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    checkpoint = folder.checkpoints / "checkpoint-6"
+    files = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    assert set(files) == {path.name for path in checkpoint.iterdir()} - {COMPLETE}
+    damage(checkpoint / name)
+    with pytest.raises(InputError, match=f"damaged ones alone:\n  .*checkpoint-6: {message}"):
+        train(config, resume=True, console=quiet)
+    assert checkpoint.is_dir()
+    metrics = folder.metrics.read_text()
+    assert [json.loads(line)["step"] for line in metrics.splitlines()] == [3, 6]
+
+
+def test_an_older_sound_checkpoint_stands_in_for_a_damaged_one(configure, quiet, capsys):
+    config = configure("training.keep_checkpoints=2")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    (folder.checkpoints / "checkpoint-6" / "optimizer.pt").unlink()
+    (folder.checkpoints / "checkpoint-old").mkdir()  # a user's
+    result = train(config, resume=True, console=Console(width=200))
+    said = "checkpoint-6 is damaged (optimizer.pt is missing) and left out; checkpoint-3 is older and sound."
+    assert said in capsys.readouterr().out
+    assert same(trained_tensors(result), trained_tensors(train(configure(output="whole"), console=quiet)))
+    assert (folder.checkpoints / "checkpoint-old").is_dir()
+
+
+def test_a_checkpoint_with_an_empty_marker_is_taken_as_it_is(configure, quiet):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    folder = RunFolder(config.output)
+    (folder.checkpoints / "checkpoint-3" / COMPLETE).write_text("")
+    assert folder.last_checkpoint().name == "checkpoint-3"
+
+
 def test_resume_before_the_first_checkpoint_starts_over_with_the_same_plan(configure, quiet, monkeypatch):
     config = configure()
     with pytest.raises(Stop):

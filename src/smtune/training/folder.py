@@ -14,6 +14,7 @@ Imports `smtune.training.config` and `smtune.errors`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,11 @@ from typing import Any
 import yaml
 
 from smtune.errors import InputError
-from smtune.files import write_text
+from smtune.files import sync, write_json, write_text
 from smtune.training.config import TrainConfig, load_config
 
 COMPLETE = "COMPLETE"
-"""Stands in a checkpoint once every file of it is written."""
+"""Stands in a checkpoint once every file of it is written, and holds their names and sizes."""
 
 _MAY_CHANGE = ("output", "evaluation")
 """Keys that have no bearing on what is trained."""
@@ -91,14 +92,34 @@ class RunFolder:
                 + "\nUndo them, or choose another output."
             )
 
-    def last_checkpoint(self) -> Path | None:
-        """The latest complete checkpoint. Those that a kill left incomplete are removed."""
-        checkpoints = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    def last_checkpoint(self, tell: Callable[[str], object] = lambda text: None) -> Path | None:
+        """The latest sound checkpoint. Those that a kill left incomplete are removed, and damaged ones behind it.
+
+        Args:
+            tell: called with a sentence for each damaged checkpoint that an older one stands in for.
+        Raises:
+            InputError: every complete checkpoint is damaged. Nothing of them is removed.
+        """
+        checkpoints = list_checkpoints(self.checkpoints)
         for path in checkpoints:
             if not (path / COMPLETE).is_file():
                 shutil.rmtree(path)
-        complete = [path for path in checkpoints if path.is_dir()]
-        return complete[-1] if complete else None
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed([path for path in checkpoints if path.is_dir()]):
+            fault = _fault_of_checkpoint(path)
+            if fault is None:
+                for other, its_fault in damaged:
+                    tell(f"{other.name} is damaged ({its_fault}) and left out; {path.name} is older and sound.")
+                    shutil.rmtree(other)  # its steps will be trained again
+                return path
+            damaged.append((path, fault))
+        if damaged:
+            found = "\n  ".join(f"{path}: {fault}" for path, fault in damaged)
+            raise InputError(
+                f"Expected a checkpoint to resume from. Got damaged ones alone:\n  {found}\nRestore the files, or "
+                "delete these folders to train again from the first step."
+            )
+        return None
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines behind a step, and one that a kill cut short: the steps will be trained again."""
@@ -114,6 +135,50 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
         if key not in _MAY_CHANGE:
             flat |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by their steps, whole or not. Folders with other names are somebody else's."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Put the marker into a checkpoint once all of it is on the disk."""
+    files = _sizes(checkpoint)
+    for path in (*checkpoint.rglob("*"), checkpoint):
+        sync(path)
+    write_json(checkpoint / COMPLETE, {"files": files})
+    for path in (checkpoint / COMPLETE, checkpoint, checkpoint.parent):
+        sync(path)
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """{path within the checkpoint: bytes} of its files."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / COMPLETE)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+
+
+def _fault_of_checkpoint(checkpoint: Path) -> str | None:
+    """What of a complete checkpoint is not as it was written, or None."""
+    text = (checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace")
+    if not text:
+        return None  # an older marker, which said no more
+    try:
+        files: dict[str, int] = json.loads(text)["files"]
+    except (ValueError, TypeError, KeyError):
+        return f"{COMPLETE} cannot be read"
+    present = _sizes(checkpoint)
+    for name, size in files.items():
+        if name not in present:
+            return f"{name} is missing"
+        if present[name] != size:
+            return f"{name} has {present[name]:,} bytes, not {size:,}"
+    return None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
-from smtune.training.folder import RunFolder, write_folder
+from smtune.training.folder import RunFolder, step_of, write_folder
 from smtune.training.model import (
     check_dense,
     check_trainable,
@@ -149,6 +149,7 @@ def train(
     check_dense(config)
     arguments = training_arguments(config, folder)
     is_main = PartialState().is_main_process
+    checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
     tokenizer = load_tokenizer(config.model)
     dataset, data_record, summary = _load_data(config, tokenizer)
     _check_same_data(folder, data_record)
@@ -169,7 +170,6 @@ def train(
         expected_plan(model, config)
     else:
         model = wrap(model, config, None)
-    checkpoint = _from_main(folder.last_checkpoint() if is_main else None)
     PartialState().wait_for_everyone()  # every process has looked at the folder as it was
     if is_main:
         _write_start(folder, config, data_record, arguments, checkpoint)
@@ -417,7 +417,7 @@ def _write_start(
         write_text(folder.config, config.to_yaml())  # first: a folder with it may be resumed
     write_json(folder.data, data_record)
     environment = describe_environment(arguments.device, config.training.seed)
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    step = step_of(checkpoint) if checkpoint is not None else 0
     if folder.environment.is_file():
         before = json.loads(folder.environment.read_text(encoding="utf-8"))
         before.setdefault("resumed", []).append({"step": step, **environment})
