@@ -228,6 +228,32 @@ def test_a_checkpoint_with_an_empty_marker_is_taken_as_it_is(configure, quiet):
     assert folder.last_checkpoint().name == "checkpoint-3"
 
 
+def test_a_torn_record_is_named(configure, quiet, monkeypatch):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    folder = RunFolder(config.output)
+    for record, torn in [(folder.data, '{"rows_sha'), (folder.data, "{}"), (folder.environment, "")]:
+        whole = record.read_text()
+        record.write_text(torn)
+        monkeypatch.setattr(run, "load_base", lambda *args: pytest.fail("read the weights first"))
+        with pytest.raises(InputError, match=rf"{record.name} as smtune wrote it.*delete it and go on with --resume"):
+            train(config, resume=True, console=quiet)
+        record.write_text(whole)
+        monkeypatch.undo()
+    folder.data.unlink()
+    folder.environment.unlink()
+    result = train(config, resume=True, console=quiet)
+    assert {"rows_sha256", "sources"} <= json.loads(folder.data.read_text()).keys()
+
+    for torn in ("", "[]", '{"steps": 8}'):
+        folder.result.write_text(torn)
+        with pytest.raises(InputError, match=r"result\.json as smtune wrote it"):
+            train(config, resume=True, console=quiet)
+    folder.result.unlink()
+    assert train(config, resume=True, console=quiet).loss == result.loss
+
+
 def test_resume_before_the_first_checkpoint_starts_over_with_the_same_plan(configure, quiet, monkeypatch):
     config = configure()
     with pytest.raises(Stop):

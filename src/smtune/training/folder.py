@@ -91,6 +91,9 @@ class RunFolder:
                 + "\n  ".join(lines)
                 + "\nUndo them, or choose another output."
             )
+        for record in (self.data, self.environment, self.scoring):
+            if record.is_file():
+                read_record(record)
 
     def last_checkpoint(self, tell: Callable[[str], object] = lambda text: None) -> Path | None:
         """The latest sound checkpoint. Those that a kill left incomplete are removed, and damaged ones behind it.
@@ -179,6 +182,26 @@ def _fault_of_checkpoint(checkpoint: Path) -> str | None:
         if present[name] != size:
             return f"{name} has {present[name]:,} bytes, not {size:,}"
     return None
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """The object in a JSON file of a run folder.
+
+    Raises:
+        InputError: it cannot be read, or lacks one of the keys.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in values] if isinstance(values, dict) else []
+        fault = f"an object without {', '.join(missing)}" if missing else "no JSON object"
+    except ValueError as error:
+        values, missing, fault = None, [], f"no JSON ({error})"
+    if missing or not isinstance(values, dict):
+        raise InputError(
+            f"Expected {path} as smtune wrote it. Got {fault}: restore the file, or delete it and go on with --resume, "
+            "which can do without."
+        )
+    return values
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

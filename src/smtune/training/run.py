@@ -37,7 +37,7 @@ from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
-from smtune.training.folder import RunFolder, step_of, write_folder
+from smtune.training.folder import RunFolder, read_record, step_of, write_folder
 from smtune.training.model import (
     check_dense,
     check_trainable,
@@ -334,7 +334,7 @@ def _file_sha256(path: Path) -> str | None:
 
 def _check_same_data(folder: RunFolder, record: dict[str, Any]) -> None:
     if folder.data.is_file():
-        before = json.loads(folder.data.read_text(encoding="utf-8"))
+        before = read_record(folder.data, "rows_sha256", "sources")
         if before["rows_sha256"] != record["rows_sha256"]:
             changed = [
                 source for source, digest in record["sources"].items() if before["sources"].get(source) != digest
@@ -419,7 +419,7 @@ def _write_start(
     environment = describe_environment(arguments.device, config.training.seed)
     step = step_of(checkpoint) if checkpoint is not None else 0
     if folder.environment.is_file():
-        before = json.loads(folder.environment.read_text(encoding="utf-8"))
+        before = read_record(folder.environment)
         before.setdefault("resumed", []).append({"step": step, **environment})
         write_json(folder.environment, before)
     else:
