@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -23,8 +24,9 @@ from transformers import (
 import smtune
 from smtune import InputError
 from smtune.models import load_model, load_tokenizer
-from smtune.training import dry_run, load_config, read_metrics, run, train
+from smtune.training import dry_run, load_config, lock, read_metrics, run, train
 from smtune.training.folder import COMPLETE, RunFolder
+from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
 
 METHODS = ["smt", "lora", "dora", "full"]
@@ -252,6 +254,44 @@ def test_a_torn_record_is_named(configure, quiet, monkeypatch):
             train(config, resume=True, console=quiet)
     folder.result.unlink()
     assert train(config, resume=True, console=quiet).loss == result.loss
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(configure, quiet):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    torn = folder.checkpoints / "checkpoint-7"  # the other process is writing it
+    torn.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    with locked(folder.path):
+        for resume in (False, True):
+            with pytest.raises(
+                InputError, match=rf"Another process \(pid {os.getpid()}\) is training in {folder.path}"
+            ):
+                train(config, resume=resume, console=quiet)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+    train(config, resume=True, console=quiet)
+
+
+def test_the_lock_of_a_killed_process_locks_nobody_out(configure, quiet):
+    config = configure(method="lora")
+    folder = RunFolder(config.output).path
+    hold = f"import os, pathlib; from smtune.training.lock import locked; held = locked(pathlib.Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", f"{hold}; held.__enter__(); os._exit(9)"], check=False)
+    assert (folder / LOCK).is_file()
+    train(config, console=quiet)
+    assert not (folder / LOCK).exists()
+
+
+def test_without_locks_a_run_still_runs(configure, quiet, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    train(configure(method="lora"), console=quiet)
+    monkeypatch.setattr(lock, "fcntl", None)
+    train(configure(method="lora", output="other"), console=quiet)
 
 
 def test_resume_before_the_first_checkpoint_starts_over_with_the_same_plan(configure, quiet, monkeypatch):

@@ -38,6 +38,7 @@ from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
 from smtune.training.folder import RunFolder, read_record, step_of, write_folder
+from smtune.training.lock import locked
 from smtune.training.model import (
     check_dense,
     check_trainable,
@@ -141,13 +142,25 @@ def train(
     folder = RunFolder(config.output)
     check_trackers(config)
     check_engine(config)
-    folder.check_start(config, resume)
-    if folder.is_finished:
+    if folder.is_finished or folder.path.is_file():
+        folder.check_start(config, resume)
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return read_result(folder, config)
-
-    check_dense(config)
     arguments = training_arguments(config, folder)
+    with locked(folder.path) if PartialState().is_main_process else nullcontext():
+        folder.check_start(config, resume)
+        return _train(config, folder, arguments, console, callbacks)
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    console: Console,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
+    """`train` in a folder that may be written, and in which no other process is."""
+    check_dense(config)
     is_main = PartialState().is_main_process
     checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
     tokenizer = load_tokenizer(config.model)
