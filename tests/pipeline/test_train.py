@@ -24,7 +24,7 @@ from transformers import (
 import smtune
 from smtune import InputError
 from smtune.models import load_model, load_tokenizer
-from smtune.training import dry_run, load_config, lock, read_metrics, run, train
+from smtune.training import dry_run, load_config, lock, read_metrics, run, select_plan, train
 from smtune.training.folder import COMPLETE, RunFolder
 from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
@@ -171,6 +171,10 @@ def test_resume_from_any_remains(configure, quiet):
     assert folder.plan.read_bytes() == plan
     assert [event["step"] for event in read_metrics(folder.metrics)] == [3, 6, 8]
     assert same(trained_tensors(result), trained_tensors(train(configure(output="whole"), console=quiet)))
+
+
+def stop(*args):
+    raise Stop
 
 
 def truncate(path):
@@ -322,9 +326,6 @@ def test_a_kill_while_writing_loses_nothing(configure, quiet, monkeypatch, owner
         calls += 1
         return original(*args, **kwargs) if calls < from_call else stop()
 
-    def stop():
-        raise Stop
-
     original = getattr(owner, name)
     config = configure()
     with monkeypatch.context() as patch:
@@ -372,7 +373,27 @@ def test_a_used_folder_is_refused(configure, quiet, tmp_path, rows):
         rows.write_text(text)
 
 
-def test_faults_leave_no_folder(configure, quiet, tmp_path):
+def test_a_start_that_came_to_nothing_leaves_its_folder_free(configure, quiet, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "score", stop)
+        with pytest.raises(Stop):
+            train(configure("training.seed=1"), console=quiet)
+    config = configure("data.limit=20")
+    folder = RunFolder(config.output)
+    assert folder.is_begun
+    dry_run(config)
+    result = train(config, console=quiet)
+    assert load_config(folder.config).resolved().to_yaml() == config.resolved().to_yaml()
+    assert json.loads(folder.data.read_text())["n_examples"] == 20
+    assert "resumed" not in json.loads(folder.environment.read_text())
+    assert same(
+        trained_tensors(result), trained_tensors(train(configure("data.limit=20", output="new"), console=quiet))
+    )
+
+
+def test_faults_leave_no_folder(configure, quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_base", lambda *args: pytest.fail("read the weights first"))
+    (tmp_path / "torn.json").write_text('{"format"')
     for overrides, message in [
         (["smt.block_size=48"], "48"),
         (["smt.budget=1e-4"], "at least one block"),
@@ -381,11 +402,16 @@ def test_faults_leave_no_folder(configure, quiet, tmp_path):
         (["training.report_to=tensorbord"], 'Did you mean "tensorboard"'),
         (["data.max_length=2"], "Raise max_length"),
         (["method=lora", "lora.target_modules=[q_porj]"], "q_porj"),
+        (["smt.accumulator_device=cuda:77"], "Expected accumulator_device to be a device here"),
+        (["smt={}", f"smt.plan={tmp_path}/torn.json"], "is not JSON"),
     ]:
         with pytest.raises(InputError, match=message):
             dry_run(configure(*overrides))
         with pytest.raises(InputError, match=message):
             train(configure(*overrides), console=quiet)
+        if "smt.block_size=48" in overrides or "smt.budget=1e-4" in overrides:
+            with pytest.raises(InputError, match=message):
+                select_plan(configure(*overrides), quiet)
         assert not (tmp_path / "run").exists()
 
 

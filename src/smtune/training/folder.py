@@ -64,6 +64,13 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.result.is_file()
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether starting over would lose anything: a plan, a checkpoint, or what was trained."""
+        made = [self.plan, self.path / "adapter", self.path / "model", self.result]
+        made += [checkpoint / COMPLETE for checkpoint in list_checkpoints(self.checkpoints)]
+        return any(path.exists() for path in made)
+
     def check_start(self, config: TrainConfig, resume: bool) -> None:
         """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run."""
         if not self.path.exists():
@@ -76,6 +83,8 @@ class RunFolder:
                     f"Expected a new or empty folder. {self.path} holds other files: choose another output."
                 )
             return
+        if not self.holds_work:
+            return  # its start came to nothing: any configuration may have it
         if not resume:
             state = "a finished run" if self.is_finished else "a run that was stopped"
             raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,16 @@ import smtune
 from smtune.data import Collator, batches
 from smtune.depth import backward_costs
 from smtune.errors import InputError
-from smtune.models import checkpoint_quantisation, load_model, portable_name, wrapping
-from smtune.scoring import Scores
+from smtune.models import (
+    adapter_base,
+    checkpoint_quantisation,
+    load_model,
+    portable_name,
+    resolve,
+    skeleton,
+    wrapping,
+)
+from smtune.scoring import Scores, device_here
 from smtune.training.config import TrainConfig
 from smtune.training.warmup import dense_warmup
 from smtune.tuner.targets import count_parameters, find_targets
@@ -35,12 +44,7 @@ def load_base(config: TrainConfig, warmed: Path | None = None) -> nn.Module:
         warmed: what a dense warm-up left, to go on with.
     """
     all_trained = config.saves_whole_model and warmed is None
-    model = load_model(str(warmed or config.model), "float32" if all_trained else config.dtype)
-    if isinstance(model, peft.PeftModel):
-        raise InputError(
-            f"Expected a model without an adapter. {config.model!r} has one: merge it first, and train the result."
-        )
-    return model
+    return load_model(str(warmed or config.model), "float32" if all_trained else config.dtype)
 
 
 def smt_config(config: TrainConfig) -> smtune.SMTConfig:
@@ -63,6 +67,41 @@ def smt_config(config: TrainConfig) -> smtune.SMTConfig:
         mode=smt.mode,
         seed=config.training.seed,
     )
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a run will train, as far as the model's skeleton tells; `plan` is None but for smt."""
+
+    total_parameters: int
+    trainable_parameters: int
+    plan: smtune.Plan | None
+
+
+def foresee(config: TrainConfig) -> Foreseen:
+    """Build the model on the meta device, and choose or wrap what is trained of it.
+
+    Raises:
+        InputError: whatever does not fit the model, before its weights are read.
+    """
+    check_dense(config)
+    if adapter_base(resolve(config.model)) is not None:
+        raise InputError(
+            f"Expected a model without an adapter. {config.model!r} has one: merge it first, and train the result."
+        )
+    model = skeleton(config.model)
+    total_parameters = count_parameters(model)
+    if config.method == "smt":
+        plan = expected_plan(model, config)
+        return Foreseen(total_parameters, plan.n_params, plan)
+    parameters = wrap(model, config, None).parameters()
+    return Foreseen(total_parameters, sum(p.numel() for p in parameters if p.requires_grad), None)
+
+
+def check_scoring(config: TrainConfig) -> None:
+    """Raises InputError for accumulators on a device that is not here."""
+    if config.method == "smt" and config.smt.plan is None:
+        device_here(config.smt.accumulator_device)
 
 
 def expected_plan(model: nn.Module, config: TrainConfig) -> smtune.Plan:

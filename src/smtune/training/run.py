@@ -40,10 +40,11 @@ from smtune.training.environment import describe_environment
 from smtune.training.folder import RunFolder, read_record, step_of, write_folder
 from smtune.training.lock import locked
 from smtune.training.model import (
-    check_dense,
+    check_scoring,
     check_trainable,
     checkpoint_activations,
     expected_plan,
+    foresee,
     load_base,
     score,
     warm_up,
@@ -160,7 +161,6 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
     """`train` in a folder that may be written, and in which no other process is."""
-    check_dense(config)
     is_main = PartialState().is_main_process
     checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
     tokenizer = load_tokenizer(config.model)
@@ -169,6 +169,11 @@ def _train(
     collator = _collator(tokenizer)
     _say(console, f"Data: {summary}")
     must_score = config.method == "smt" and config.smt.plan is None and not _from_main(folder.has_plan(config))
+    # What does not fit the model is found here, before its weights are read and anything is written.
+    if must_score:
+        check_scoring(config)
+    with whole_weights(arguments):
+        foresee(config)
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
     else:
@@ -177,10 +182,9 @@ def _train(
     if must_score:
         model = model.to(arguments.device)  # else the engine, or Trainer, places it
     total_parameters = count_parameters(model)
-    # What does not fit the model is found here, before scoring and before anything is written.
     set_seed(config.training.seed)
     if config.method == "smt":
-        expected_plan(model, config)
+        expected_plan(model, config)  # again, of the model as it is: its layers may be quantised
     else:
         model = wrap(model, config, None)
     PartialState().wait_for_everyone()  # every process has looked at the folder as it was
@@ -244,10 +248,11 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
         )
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
+    check_scoring(config)
     tokenizer = load_tokenizer(config.model)
     dataset, _, _ = _load_data(config, tokenizer)
+    foresee(config)
     model = load_base(config).to(PartialState().device)
-    expected_plan(model, config)
     console = console or Console(stderr=True)
     return score(model, dataset, _collator(tokenizer), config, console.is_terminal)
 
@@ -268,23 +273,18 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     check_trackers(config)
     check_engine(config, processes)
     folder.check_start(config, resume)
-    check_dense(config)
+    if not folder.has_plan(config):
+        check_scoring(config)
     tokenizer = load_tokenizer(config.model)
     dataset, _, summary = _load_data(config, tokenizer)
-    model = skeleton(config.model)
-    total_parameters = count_parameters(model)
-    blocks, n_scoring = "", 0
-    if config.method == "smt":
-        plan = expected_plan(model, config)
-        trainable = plan.n_params
+    foreseen = foresee(config)
+    blocks, n_scoring, plan = "", 0, foreseen.plan
+    if plan is not None:
         blocks = f": {plan.n_blocks:,} blocks of {plan.block_size}² out of {len(plan.modules)} matrices"
         if config.has_dense_warmup:
             n_scoring = config.smt.dense_warmup_steps or 0
         elif config.smt.plan is None and config.smt.criterion not in DATA_FREE:
             n_scoring = min(config.smt.warmup_steps, math.ceil(len(dataset) / (config.smt.score_batch_size or 1)))
-    else:
-        model = wrap(model, config, None)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     per_epoch, steps = count_steps(config, len(dataset), processes)
     writes = ["config.yaml", "environment.json", "data.json"]
     writes += ["scoring.json", "plan.json"] * (config.method == "smt")
@@ -293,8 +293,8 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         model=portable_name(config.model),
         method=config.method,
         dtype=config.dtype,
-        total_parameters=total_parameters,
-        trainable_parameters=trainable,
+        total_parameters=foreseen.total_parameters,
+        trainable_parameters=foreseen.trainable_parameters,
         blocks=blocks,
         rows=len(dataset),
         tokens=sum(dataset["length"]),
@@ -346,7 +346,7 @@ def _file_sha256(path: Path) -> str | None:
 
 
 def _check_same_data(folder: RunFolder, record: dict[str, Any]) -> None:
-    if folder.data.is_file():
+    if folder.holds_work and folder.data.is_file():
         before = read_record(folder.data, "rows_sha256", "sources")
         if before["rows_sha256"] != record["rows_sha256"]:
             changed = [
@@ -426,8 +426,10 @@ def _write_start(
     checkpoint: Path | None,
 ) -> None:
     """Write what is known before training; on resuming, add to the environment and forget metrics to be made again."""
-    if not folder.is_begun:
+    if not folder.holds_work:
         write_text(folder.config, config.to_yaml())  # first: a folder with it may be resumed
+        for left in (folder.data, folder.environment, folder.scoring, folder.metrics):
+            left.unlink(missing_ok=True)  # by a start that came to nothing
     write_json(folder.data, data_record)
     environment = describe_environment(arguments.device, config.training.seed)
     step = step_of(checkpoint) if checkpoint is not None else 0
