@@ -415,6 +415,29 @@ def test_faults_leave_no_folder(configure, quiet, tmp_path, monkeypatch):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_file_of_rows_that_is_missing_is_told_before_the_model_is_asked_for(configure, quiet):
+    config = configure("data.train=nothing.jsonl", "model=nobody/has-it")
+    for start in (lambda: dry_run(config), lambda: train(config, console=quiet), lambda: select_plan(config, quiet)):
+        with pytest.raises(InputError, match=r"nothing\.jsonl"):
+            start()
+
+
+def test_an_output_that_cannot_be_written_is_told_first(configure, quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_tokenizer", lambda *args: pytest.fail("went on"))
+    (tmp_path / "file").touch()
+    in_the_way = configure(f"output={tmp_path}/file/run")
+    with pytest.raises(InputError, match=r"output: Expected a folder for .*/file is a file"):
+        dry_run(in_the_way)
+    with pytest.raises(InputError, match=r"output that can be written.*/file.*choose another"):
+        train(in_the_way, console=quiet)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for start in (dry_run, lambda config: train(config, console=quiet)):
+        with pytest.raises(InputError, match="Expected a place that can be written"):
+            start(configure())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_plan_made_before_is_used(configure, quiet, tmp_path, monkeypatch):
     first = train(configure(), console=quiet)
     plan = os.path.join(first.folder, "plan.json")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from smtune.errors import InputError
-from smtune.files import sync, write_json, write_text
+from smtune.files import not_writable, sync, write_json, write_text
 from smtune.training.config import TrainConfig, load_config
 
 COMPLETE = "COMPLETE"
@@ -73,10 +73,13 @@ class RunFolder:
 
     def check_start(self, config: TrainConfig, resume: bool) -> None:
         """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"Expected output to be a folder. {self.path} is a file.")
+        fault = None if self.is_finished else not_writable(self.config)
+        if fault is not None:
+            raise InputError(f"output: {fault}")
         if not self.path.exists():
             return
-        if not self.path.is_dir():
-            raise InputError(f"Expected output to be a folder. {self.path} is a file.")
         if not self.is_begun:
             if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise InputError(

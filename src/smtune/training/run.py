@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import smtune
-from smtune.data import Collator, prepare
+from smtune.data import Collator, encode, read_records, to_example
 from smtune.errors import InputError
 from smtune.files import write_json, write_text
 from smtune.models import identity, load_tokenizer, portable_name, skeleton
@@ -163,8 +163,7 @@ def _train(
     """`train` in a folder that may be written, and in which no other process is."""
     is_main = PartialState().is_main_process
     checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
-    tokenizer = load_tokenizer(config.model)
-    dataset, data_record, summary = _load_data(config, tokenizer)
+    tokenizer, dataset, data_record, summary = _load_data(config)
     _check_same_data(folder, data_record)
     collator = _collator(tokenizer)
     _say(console, f"Data: {summary}")
@@ -249,8 +248,7 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
     check_scoring(config)
-    tokenizer = load_tokenizer(config.model)
-    dataset, _, _ = _load_data(config, tokenizer)
+    tokenizer, dataset, _, _ = _load_data(config)
     foresee(config)
     model = load_base(config).to(PartialState().device)
     console = console or Console(stderr=True)
@@ -275,8 +273,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     folder.check_start(config, resume)
     if not folder.has_plan(config):
         check_scoring(config)
-    tokenizer = load_tokenizer(config.model)
-    dataset, _, summary = _load_data(config, tokenizer)
+    _, dataset, _, summary = _load_data(config)
     foreseen = foresee(config)
     blocks, n_scoring, plan = "", 0, foreseen.plan
     if plan is not None:
@@ -314,18 +311,18 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any], str]:
-    """The rows, the record of them for `data.json`, and the same in words."""
+def _load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, dict[str, Any], str]:
+    """The model's tokenizer, the rows, the record of them for `data.json`, and the same in words."""
     data = config.data
-    dataset, report = prepare(
-        data.train,
+    # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
+    records = read_records(data.train, format=data.format, limit=data.limit, seed=config.training.seed)
+    tokenizer = load_tokenizer(config.model)
+    dataset, report = encode(
+        [to_example(record, tokenizer) for record in records],
         tokenizer,
         max_length=data.max_length,
-        format=data.format,
         train_on=data.train_on,
         on_long=data.on_long,
-        limit=data.limit,
-        seed=config.training.seed,
     )
     sources = [data.train] if isinstance(data.train, str) else data.train
     rows = hashlib.sha256()
@@ -336,7 +333,7 @@ def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         "rows_sha256": rows.hexdigest(),
         **dataclasses.asdict(report),
     }
-    return dataset, record, str(report)
+    return tokenizer, dataset, record, str(report)
 
 
 def _file_sha256(path: Path) -> str | None:
