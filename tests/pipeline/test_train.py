@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from runs import STEPS, Stop, StopAt, same, trained_tensors, untimed
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -337,6 +338,38 @@ def test_a_kill_while_writing_loses_nothing(configure, quiet, monkeypatch, owner
     assert same(trained_tensors(result), trained_tensors(whole))
     assert untimed(RunFolder(result.folder).metrics) == untimed(RunFolder(whole.folder).metrics)
     assert not [path for path in RunFolder(result.folder).path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (Trainer, "_save_rng_state", OSError(errno.ENOSPC, "No space left on device")),
+        (
+            Trainer,
+            "_save_rng_state",
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        ),
+        (
+            PreTrainedTokenizerFast,
+            "save_pretrained",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+    ],
+    ids=["system", "torch", "safetensors"],
+)
+def test_a_full_disk_is_told_and_half_written_folders_are_removed(configure, quiet, monkeypatch, owner, name, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    config = configure(method="lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(InputError, match=rf"room for {config.output}. The disk is full.*bytes left.*--resume"):
+            train(config, console=quiet)
+    folder = RunFolder(config.output)
+    assert all((path / COMPLETE).is_file() for path in folder.checkpoints.iterdir())
+    assert not list(folder.path.glob(".*"))
+    assert train(config, resume=True, console=quiet).steps == STEPS
 
 
 def test_resume_of_a_finished_run_does_nothing(configure, capsys):

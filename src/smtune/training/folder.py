@@ -13,10 +13,12 @@ Imports `smtune.training.config` and `smtune.errors`.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +117,9 @@ class RunFolder:
         Raises:
             InputError: every complete checkpoint is damaged. Nothing of them is removed.
         """
-        checkpoints = list_checkpoints(self.checkpoints)
-        for path in checkpoints:
-            if not (path / COMPLETE).is_file():
-                shutil.rmtree(path)
+        self.remove_incomplete()
         damaged: list[tuple[Path, str]] = []
-        for path in reversed([path for path in checkpoints if path.is_dir()]):
+        for path in reversed(list_checkpoints(self.checkpoints)):
             fault = _fault_of_checkpoint(path)
             if fault is None:
                 for other, its_fault in damaged:
@@ -135,6 +134,33 @@ class RunFolder:
                 "delete these folders to train again from the first step."
             )
         return None
+
+    def remove_incomplete(self) -> None:
+        """Remove the checkpoints that were not written to their end."""
+        for path in list_checkpoints(self.checkpoints):
+            if not (path / COMPLETE).is_file():
+                shutil.rmtree(path)
+
+    @contextmanager
+    def room_needed(self) -> Iterator[None]:
+        """While a run writes: say that the disk is full in one way, and leave nothing half written on it.
+
+        Raises:
+            InputError: instead of what the system, safetensors or torch raises.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not _tells_of_full_disk(error):
+                raise
+            with suppress(OSError):  # another process of the run was faster
+                self.remove_incomplete()
+            place = getattr(error, "filename", None) or self.path
+            free = shutil.disk_usage(self.path).free
+            raise InputError(
+                f"Expected room for {place}. The disk is full, with {free:,} bytes left: free space, then go on with "
+                "--resume."
+            ) from error
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines behind a step, and one that a kill cut short: the steps will be trained again."""
@@ -170,6 +196,14 @@ def mark_complete(checkpoint: Path) -> None:
     write_json(checkpoint / COMPLETE, {"files": files})
     for path in (checkpoint / COMPLETE, checkpoint, checkpoint.parent):
         sync(path)
+
+
+def _tells_of_full_disk(error: Exception) -> bool:
+    """Safetensors' error holds no number, and torch's says no more than that a write came to another place."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left on device" in text or (isinstance(error, RuntimeError) and "unexpected pos" in text)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
@@ -232,6 +266,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}-unfinished")
     for old in (temporary, path):
         shutil.rmtree(old, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    temporary.rename(path)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -66,8 +66,9 @@ def _take(path: Path) -> int:
         except OSError:
             pass  # no locks on this file system
         if _is_open_at(handle, path):
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            with suppress(OSError):  # a full disk: then the pid is unknown
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
             return handle
         os.close(handle)  # another process had the lock, and has just removed the file
 

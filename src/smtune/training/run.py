@@ -150,7 +150,8 @@ def train(
     arguments = training_arguments(config, folder)
     with locked(folder.path) if PartialState().is_main_process else nullcontext():
         folder.check_start(config, resume)
-        return _train(config, folder, arguments, console, callbacks)
+        with folder.room_needed():
+            return _train(config, folder, arguments, console, callbacks)
 
 
 def _train(
