@@ -555,6 +555,31 @@ def test_a_dry_run_foresees_the_run_and_writes_nothing(configure, quiet, tmp_pat
     assert str(tmp_path / "run") in text
 
 
+def test_what_is_hardly_meant_is_remarked(configure, capsys):
+    for overrides, remark in [
+        ([], None),
+        (["data.max_length=4096"], "data.max_length is 4,096, and the model was made for 2,048 positions"),
+        (["smt.budget=1"], "smt.budget is a number of blocks, 1 for 6 matrices: for a fraction of all parameters "),
+        (["smt.budget=1.0"], "64 will be trained, all that the targeted matrices have: a share of 0.153 of"),
+        (["smt.budget=1000"], "smt.budget is 1000, 1,000 blocks, and 64 will be trained"),
+        (["smt.budget=11", "smt.policy=per_module"], "11 blocks, and 6 will be trained, all that the policy can spend"),
+        (["method=lora"], None),
+    ]:
+        remarks = dry_run(configure(*overrides)).remarks
+        assert len(remarks) == (remark is not None)
+        assert remark is None or remark in remarks[0]
+    config = configure("smt.budget=1000", "training.max_steps=1")
+    console = Console(width=400)
+    console.print(dry_run(config))
+    select_plan(config, console)
+    train(config, console=console)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" is 1000")[0].split() for line in lines if "is 1000" in line] == [
+        ["warning", "smt.budget"],
+        *[["Warning:", "smt.budget"]] * 2,
+    ]
+
+
 def test_steps_of_epochs(configure, quiet):
     config = configure("training.epochs=1.5", "training.max_steps=null", "training.batch_size=5", method="lora")
     assert dry_run(config).steps == train(config, console=quiet).steps

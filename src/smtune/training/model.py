@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,16 @@ def smt_config(config: TrainConfig) -> smtune.SMTConfig:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What a run will train, as far as the model's skeleton tells; `plan` is None but for smt."""
+    """What a run will train, as far as the model's skeleton tells.
+
+    Attributes:
+        plan: None but for smt. remarks: what is allowed, but hardly meant.
+    """
 
     total_parameters: int
     trainable_parameters: int
     plan: smtune.Plan | None
+    remarks: tuple[str, ...]
 
 
 def foresee(config: TrainConfig) -> Foreseen:
@@ -93,9 +99,39 @@ def foresee(config: TrainConfig) -> Foreseen:
     total_parameters = count_parameters(model)
     if config.method == "smt":
         plan = expected_plan(model, config)
-        return Foreseen(total_parameters, plan.n_params, plan)
+        remarks = (*_remarks_on_length(model, config), *_remarks_on_budget(plan, config))
+        return Foreseen(total_parameters, plan.n_params, plan, remarks)
+    remarks = tuple(_remarks_on_length(model, config))
     parameters = wrap(model, config, None).parameters()
-    return Foreseen(total_parameters, sum(p.numel() for p in parameters if p.requires_grad), None)
+    return Foreseen(total_parameters, sum(p.numel() for p in parameters if p.requires_grad), None, remarks)
+
+
+def _remarks_on_length(model: Any, config: TrainConfig) -> Iterator[str]:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        yield (
+            f"data.max_length is {config.data.max_length:,}, and the model was made for {positions:,} positions: "
+            "lower it, or know that the model can go beyond."
+        )
+
+
+def _remarks_on_budget(plan: smtune.Plan, config: TrainConfig) -> Iterator[str]:
+    budget, area = config.smt.budget, plan.block_size**2
+    if config.smt.plan is not None:
+        return  # it was decided when the plan was made
+    if isinstance(budget, int) and budget < len(plan.modules):
+        yield (
+            f"smt.budget is a number of blocks, {budget} for {len(plan.modules)} matrices: for a fraction of all "
+            f"parameters write a float, such as {float(budget) if budget == 1 else 0.0084}."
+        )
+    asked = budget if isinstance(budget, int) else math.floor(budget * plan.total_params / area)
+    if plan.n_blocks < 0.9 * asked:
+        exist = sum(math.prod(module.shape) // area for module in plan.modules.values())
+        reason = "all that the targeted matrices have" if plan.n_blocks == exist else "all that the policy can spend"
+        yield (
+            f"smt.budget is {budget}, {asked:,} blocks, and {plan.n_blocks:,} will be trained, {reason}: a share of "
+            f"{plan.fraction:.4g} of all parameters."
+        )
 
 
 def check_scoring(config: TrainConfig) -> None:

@@ -40,6 +40,7 @@ from smtune.training.environment import describe_environment
 from smtune.training.folder import RunFolder, read_record, step_of, write_folder
 from smtune.training.lock import locked
 from smtune.training.model import (
+    Foreseen,
     check_scoring,
     check_trainable,
     checkpoint_activations,
@@ -72,6 +73,7 @@ class WorkPlan:
         rows, tokens: of one epoch; an example is a row. data: what became of the examples, in words.
         steps: optimizer steps; rows_per_step over all devices.
         checkpoints: written on the way. writes: paths that will be written, in order.
+        remarks: what is allowed, but hardly meant.
         dense_warmup_learning_rate: where the scoring batches are steps of full fine-tuning, which are kept.
     """
 
@@ -92,6 +94,7 @@ class WorkPlan:
     checkpoints: int
     output: str
     writes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
     dense_warmup_learning_rate: float | None = None
 
     def __rich__(self) -> Table:
@@ -113,6 +116,7 @@ class WorkPlan:
             ("checkpoints", f"{self.checkpoints}"),
             ("output", self.output),
             ("writes", ", ".join(self.writes)),
+            *(("warning", remark) for remark in self.remarks),
         ):
             table.add_row(label, Text(text))
         return table
@@ -173,7 +177,8 @@ def _train(
     if must_score:
         check_scoring(config)
     with whole_weights(arguments):
-        foresee(config)
+        foreseen = foresee(config)
+    _say_remarks(console, foreseen)
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
     else:
@@ -250,9 +255,9 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
     check_scoring(config)
     tokenizer, dataset, _, _ = _load_data(config)
-    foresee(config)
-    model = load_base(config).to(PartialState().device)
     console = console or Console(stderr=True)
+    _say_remarks(console, foresee(config))
+    model = load_base(config).to(PartialState().device)
     return score(model, dataset, _collator(tokenizer), config, console.is_terminal)
 
 
@@ -305,6 +310,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         checkpoints=(steps - 1) // config.training.save_steps,
         output=str(folder.path),
         writes=tuple(writes),
+        remarks=foreseen.remarks,
         dense_warmup_learning_rate=config.smt.dense_warmup_learning_rate,
     )
 
@@ -444,6 +450,11 @@ def _say(console: Console, text: str) -> None:
     """A line from the main process, as it is: paths may hold what rich takes for markup."""
     if PartialState().is_main_process:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_remarks(console: Console, foreseen: Foreseen) -> None:
+    for remark in foreseen.remarks:
+        _say(console, f"Warning: {remark}")
 
 
 def _from_main(value: Any) -> Any:
