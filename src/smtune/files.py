@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -35,3 +36,27 @@ def let_read(folder: Path) -> None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write an object as JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def not_writable(path: Path) -> str | None:
+    """What keeps a file from being written at `path`, or None. Nothing is made."""
+    if path.is_dir():
+        return f"Expected a file to write. {path} is a folder."
+    place = path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return f"Expected a folder for {path}. {place} is a file."
+    return None if os.access(place, os.W_OK) else f"Expected a place that can be written. {place} cannot."
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names, before what is written next."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no fsync of folders
+            raise
+    finally:
+        os.close(handle)

@@ -332,7 +332,7 @@ def score(
     if batches is None:
         raise InputError(f"Expected batches for the criterion {criterion!r}. Got None.")
 
-    device = _device(accumulator_device)
+    device = device_here(accumulator_device)
     dtype = ACCUMULATOR_DTYPES[accumulator_dtype]
     accumulators = {name: _ACCUMULATORS[criterion](target, device, dtype) for name, target in targets.items()}
     seen = 0
@@ -381,7 +381,7 @@ class GradientScores:
         if criterion in FORWARD_ONLY:
             able = ", ".join(name for name in CRITERIA if name not in FORWARD_ONLY)
             raise InputError(f"Expected a criterion that reads gradients: {able}. Got {criterion!r}.")
-        device, dtype = _device(accumulator_device), ACCUMULATOR_DTYPES[accumulator_dtype]
+        device, dtype = device_here(accumulator_device), ACCUMULATOR_DTYPES[accumulator_dtype]
         self._accumulators = {n: _ACCUMULATORS[criterion](target, device, dtype) for n, target in targets.items()}
         self._criterion = criterion
         self._seen = 0
@@ -408,7 +408,8 @@ class GradientScores:
         return Scores(scores, block_size=block_size, criterion=self._criterion, batches_seen=self._seen)
 
 
-def _device(name: torch.device | str | None) -> torch.device | None:
+def device_here(name: torch.device | str | None) -> torch.device | None:
+    """The device of an accumulator by its name. Raises InputError for one that this machine does not have."""
     try:
         return None if name is None else torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import smtune
-from smtune import cli
+from smtune import cli, training
 from smtune.models import load_model
 from smtune.training import read_metrics
 
@@ -207,9 +207,17 @@ def test_a_path_that_cannot_be_written_is_bad_input(config, capsys, tmp_path):
     for arguments in (
         ["inspect", "file", "--output", "x"],
         ["train", config, "output=file/run"],
+        ["train", config, "output=file/run", "--dry-run"],
         ["evaluate", "x", "--tasks", "arithmetic", "--output", "file"],
     ):
         run(capsys, *arguments, code=2)
+
+
+def test_a_plan_that_cannot_be_written_is_told_before_scoring(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "select_plan", lambda *args: pytest.fail("scored"))
+    (tmp_path / "file").write_text("")
+    _, err = run(capsys, "select", config, "--output", "file/plan.json", code=2)
+    assert "--output: Expected a folder for file/plan.json" in err
 
 
 def test_merging_a_whole_model_or_into_a_full_folder(config, base, capsys, tmp_path):

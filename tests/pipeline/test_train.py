@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from runs import STEPS, Stop, StopAt, same, trained_tensors, untimed
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -23,8 +25,9 @@ from transformers import (
 import smtune
 from smtune import InputError
 from smtune.models import load_model, load_tokenizer
-from smtune.training import dry_run, load_config, read_metrics, run, train
+from smtune.training import dry_run, load_config, lock, read_metrics, run, select_plan, train
 from smtune.training.folder import COMPLETE, RunFolder
+from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
 
 METHODS = ["smt", "lora", "dora", "full"]
@@ -171,6 +174,131 @@ def test_resume_from_any_remains(configure, quiet):
     assert same(trained_tensors(result), trained_tensors(train(configure(output="whole"), console=quiet)))
 
 
+def stop(*args):
+    raise Stop
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def remove(path):
+    path.unlink()
+
+
+DAMAGES = [
+    ("optimizer.pt", remove, "optimizer.pt is missing"),
+    ("optimizer.pt", truncate, "optimizer.pt has"),
+    ("adapter_model.safetensors", truncate, "adapter_model.safetensors has"),
+    ("trainer_state.json", truncate, "trainer_state.json has"),
+    (COMPLETE, truncate, "COMPLETE cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGES)
+def test_a_damaged_checkpoint_is_not_resumed_from(configure, quiet, name, damage, message):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    checkpoint = folder.checkpoints / "checkpoint-6"
+    files = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    assert set(files) == {path.name for path in checkpoint.iterdir()} - {COMPLETE}
+    damage(checkpoint / name)
+    with pytest.raises(InputError, match=f"damaged ones alone:\n  .*checkpoint-6: {message}"):
+        train(config, resume=True, console=quiet)
+    assert checkpoint.is_dir()
+    metrics = folder.metrics.read_text()
+    assert [json.loads(line)["step"] for line in metrics.splitlines()] == [3, 6]
+
+
+def test_an_older_sound_checkpoint_stands_in_for_a_damaged_one(configure, quiet, capsys):
+    config = configure("training.keep_checkpoints=2")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    (folder.checkpoints / "checkpoint-6" / "optimizer.pt").unlink()
+    (folder.checkpoints / "checkpoint-old").mkdir()  # a user's
+    result = train(config, resume=True, console=Console(width=200))
+    said = "checkpoint-6 is damaged (optimizer.pt is missing) and left out; checkpoint-3 is older and sound."
+    assert said in capsys.readouterr().out
+    assert same(trained_tensors(result), trained_tensors(train(configure(output="whole"), console=quiet)))
+    assert (folder.checkpoints / "checkpoint-old").is_dir()
+
+
+def test_a_checkpoint_with_an_empty_marker_is_taken_as_it_is(configure, quiet):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    folder = RunFolder(config.output)
+    (folder.checkpoints / "checkpoint-3" / COMPLETE).write_text("")
+    assert folder.last_checkpoint().name == "checkpoint-3"
+
+
+def test_a_torn_record_is_named(configure, quiet, monkeypatch):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    folder = RunFolder(config.output)
+    for record, torn in [(folder.data, '{"rows_sha'), (folder.data, "{}"), (folder.environment, "")]:
+        whole = record.read_text()
+        record.write_text(torn)
+        monkeypatch.setattr(run, "load_base", lambda *args: pytest.fail("read the weights first"))
+        with pytest.raises(InputError, match=rf"{record.name} as smtune wrote it.*delete it and go on with --resume"):
+            train(config, resume=True, console=quiet)
+        record.write_text(whole)
+        monkeypatch.undo()
+    folder.data.unlink()
+    folder.environment.unlink()
+    result = train(config, resume=True, console=quiet)
+    assert {"rows_sha256", "sources"} <= json.loads(folder.data.read_text()).keys()
+
+    for torn in ("", "[]", '{"steps": 8}'):
+        folder.result.write_text(torn)
+        with pytest.raises(InputError, match=r"result\.json as smtune wrote it"):
+            train(config, resume=True, console=quiet)
+    folder.result.unlink()
+    assert train(config, resume=True, console=quiet).loss == result.loss
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(configure, quiet):
+    config = configure(method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    torn = folder.checkpoints / "checkpoint-7"  # the other process is writing it
+    torn.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    with locked(folder.path):
+        for resume in (False, True):
+            with pytest.raises(
+                InputError, match=rf"Another process \(pid {os.getpid()}\) is training in {folder.path}"
+            ):
+                train(config, resume=resume, console=quiet)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+    train(config, resume=True, console=quiet)
+
+
+def test_the_lock_of_a_killed_process_locks_nobody_out(configure, quiet):
+    config = configure(method="lora")
+    folder = RunFolder(config.output).path
+    hold = f"import os, pathlib; from smtune.training.lock import locked; held = locked(pathlib.Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", f"{hold}; held.__enter__(); os._exit(9)"], check=False)
+    assert (folder / LOCK).is_file()
+    train(config, console=quiet)
+    assert not (folder / LOCK).exists()
+
+
+def test_without_locks_a_run_still_runs(configure, quiet, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    train(configure(method="lora"), console=quiet)
+    monkeypatch.setattr(lock, "fcntl", None)
+    train(configure(method="lora", output="other"), console=quiet)
+
+
 def test_resume_before_the_first_checkpoint_starts_over_with_the_same_plan(configure, quiet, monkeypatch):
     config = configure()
     with pytest.raises(Stop):
@@ -199,9 +327,6 @@ def test_a_kill_while_writing_loses_nothing(configure, quiet, monkeypatch, owner
         calls += 1
         return original(*args, **kwargs) if calls < from_call else stop()
 
-    def stop():
-        raise Stop
-
     original = getattr(owner, name)
     config = configure()
     with monkeypatch.context() as patch:
@@ -213,6 +338,38 @@ def test_a_kill_while_writing_loses_nothing(configure, quiet, monkeypatch, owner
     assert same(trained_tensors(result), trained_tensors(whole))
     assert untimed(RunFolder(result.folder).metrics) == untimed(RunFolder(whole.folder).metrics)
     assert not [path for path in RunFolder(result.folder).path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (Trainer, "_save_rng_state", OSError(errno.ENOSPC, "No space left on device")),
+        (
+            Trainer,
+            "_save_rng_state",
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        ),
+        (
+            PreTrainedTokenizerFast,
+            "save_pretrained",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+    ],
+    ids=["system", "torch", "safetensors"],
+)
+def test_a_full_disk_is_told_and_half_written_folders_are_removed(configure, quiet, monkeypatch, owner, name, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    config = configure(method="lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(InputError, match=rf"room for {config.output}. The disk is full.*bytes left.*--resume"):
+            train(config, console=quiet)
+    folder = RunFolder(config.output)
+    assert all((path / COMPLETE).is_file() for path in folder.checkpoints.iterdir())
+    assert not list(folder.path.glob(".*"))
+    assert train(config, resume=True, console=quiet).steps == STEPS
 
 
 def test_resume_of_a_finished_run_does_nothing(configure, capsys):
@@ -249,7 +406,27 @@ def test_a_used_folder_is_refused(configure, quiet, tmp_path, rows):
         rows.write_text(text)
 
 
-def test_faults_leave_no_folder(configure, quiet, tmp_path):
+def test_a_start_that_came_to_nothing_leaves_its_folder_free(configure, quiet, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "score", stop)
+        with pytest.raises(Stop):
+            train(configure("training.seed=1"), console=quiet)
+    config = configure("data.limit=20")
+    folder = RunFolder(config.output)
+    assert folder.is_begun
+    dry_run(config)
+    result = train(config, console=quiet)
+    assert load_config(folder.config).resolved().to_yaml() == config.resolved().to_yaml()
+    assert json.loads(folder.data.read_text())["n_examples"] == 20
+    assert "resumed" not in json.loads(folder.environment.read_text())
+    assert same(
+        trained_tensors(result), trained_tensors(train(configure("data.limit=20", output="new"), console=quiet))
+    )
+
+
+def test_faults_leave_no_folder(configure, quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_base", lambda *args: pytest.fail("read the weights first"))
+    (tmp_path / "torn.json").write_text('{"format"')
     for overrides, message in [
         (["smt.block_size=48"], "48"),
         (["smt.budget=1e-4"], "at least one block"),
@@ -258,12 +435,40 @@ def test_faults_leave_no_folder(configure, quiet, tmp_path):
         (["training.report_to=tensorbord"], 'Did you mean "tensorboard"'),
         (["data.max_length=2"], "Raise max_length"),
         (["method=lora", "lora.target_modules=[q_porj]"], "q_porj"),
+        (["smt.accumulator_device=cuda:77"], "Expected accumulator_device to be a device here"),
+        (["smt={}", f"smt.plan={tmp_path}/torn.json"], "is not JSON"),
     ]:
         with pytest.raises(InputError, match=message):
             dry_run(configure(*overrides))
         with pytest.raises(InputError, match=message):
             train(configure(*overrides), console=quiet)
+        if "smt.block_size=48" in overrides or "smt.budget=1e-4" in overrides:
+            with pytest.raises(InputError, match=message):
+                select_plan(configure(*overrides), quiet)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_rows_that_is_missing_is_told_before_the_model_is_asked_for(configure, quiet):
+    config = configure("data.train=nothing.jsonl", "model=nobody/has-it")
+    for start in (lambda: dry_run(config), lambda: train(config, console=quiet), lambda: select_plan(config, quiet)):
+        with pytest.raises(InputError, match=r"nothing\.jsonl"):
+            start()
+
+
+def test_an_output_that_cannot_be_written_is_told_first(configure, quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_tokenizer", lambda *args: pytest.fail("went on"))
+    (tmp_path / "file").touch()
+    in_the_way = configure(f"output={tmp_path}/file/run")
+    with pytest.raises(InputError, match=r"output: Expected a folder for .*/file is a file"):
+        dry_run(in_the_way)
+    with pytest.raises(InputError, match=r"output that can be written.*/file.*choose another"):
+        train(in_the_way, console=quiet)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for start in (dry_run, lambda config: train(config, console=quiet)):
+        with pytest.raises(InputError, match="Expected a place that can be written"):
+            start(configure())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_made_before_is_used(configure, quiet, tmp_path, monkeypatch):
@@ -348,6 +553,31 @@ def test_a_dry_run_foresees_the_run_and_writes_nothing(configure, quiet, tmp_pat
     text = console.file.getvalue()
     assert "24 examples" in text
     assert str(tmp_path / "run") in text
+
+
+def test_what_is_hardly_meant_is_remarked(configure, capsys):
+    for overrides, remark in [
+        ([], None),
+        (["data.max_length=4096"], "data.max_length is 4,096, and the model was made for 2,048 positions"),
+        (["smt.budget=1"], "smt.budget is a number of blocks, 1 for 6 matrices: for a fraction of all parameters "),
+        (["smt.budget=1.0"], "64 will be trained, all that the targeted matrices have: a share of 0.153 of"),
+        (["smt.budget=1000"], "smt.budget is 1000, 1,000 blocks, and 64 will be trained"),
+        (["smt.budget=11", "smt.policy=per_module"], "11 blocks, and 6 will be trained, all that the policy can spend"),
+        (["method=lora"], None),
+    ]:
+        remarks = dry_run(configure(*overrides)).remarks
+        assert len(remarks) == (remark is not None)
+        assert remark is None or remark in remarks[0]
+    config = configure("smt.budget=1000", "training.max_steps=1")
+    console = Console(width=400)
+    console.print(dry_run(config))
+    select_plan(config, console)
+    train(config, console=console)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" is 1000")[0].split() for line in lines if "is 1000" in line] == [
+        ["warning", "smt.budget"],
+        *[["Warning:", "smt.budget"]] * 2,
+    ]
 
 
 def test_steps_of_epochs(configure, quiet):

@@ -15,6 +15,7 @@ from smtune.bench.machine import describe
 from smtune.bench.results import Results
 from smtune.bench.run import How, run_series
 from smtune.errors import InputError, did_you_mean
+from smtune.files import not_writable
 from smtune.models import DTYPES
 
 Job = Callable[[Results, How], None]
@@ -78,7 +79,7 @@ def check(request: Request, writable: Sequence[Path]) -> None:
             load_rival(str(request.rival))
         except InputError as error:
             faults.append(str(error))
-    faults += [fault for path in writable if (fault := _not_writable(path)) is not None]
+    faults += [fault for path in writable if (fault := not_writable(path)) is not None]
     if faults:
         raise InputError("\n".join(faults))
 
@@ -91,18 +92,6 @@ def _unknown(what: str, given: Sequence[str], known: Collection[str]) -> list[st
         for name in given
         if name not in known
     ]
-
-
-def _not_writable(path: Path) -> str | None:
-    """What keeps a file from being written at `path`, or None. Nothing is made."""
-    if path.is_dir():
-        return f"Expected a file to write. {path} is a folder."
-    place = path.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        return f"Expected a folder for {path}. {place} is a file."
-    return None if os.access(place, os.W_OK) else f"Expected a place that can be written. {place} cannot."
 
 
 def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> dict[str, Any]:

@@ -59,11 +59,15 @@ def select(
     output: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
 ) -> None:
     """Score the blocks of a model by gradients and write the plan of those to train."""
+    from smtune.files import not_writable
     from smtune.report import plan_table
     from smtune.training import load_config, select_plan
 
     if output.exists():
         raise InputError(f"Expected a new file for the plan. {output} exists: choose another --output.")
+    fault = not_writable(output)
+    if fault is not None:
+        raise InputError(f"--output: {fault}")
     plan = select_plan(load_config(config, overrides or []), console)
     plan.save(output)
     Console().print(plan_table(plan))

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smtune.errors import InputError
-from smtune.training.folder import COMPLETE, read_metrics
+from smtune.training.folder import list_checkpoints, mark_complete, read_metrics
 
 
 class Checkpoints(TrainerCallback):
@@ -47,10 +47,9 @@ class Checkpoints(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(args.output_dir or "")
-        (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-        steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
-        for step in steps[: -self.keep]:
-            shutil.rmtree(folder / f"checkpoint-{step}")
+        mark_complete(folder / f"checkpoint-{state.global_step}")
+        for checkpoint in list_checkpoints(folder)[: -self.keep]:
+            shutil.rmtree(checkpoint)
 
 
 class Metrics(TrainerCallback):

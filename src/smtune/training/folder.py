@@ -13,20 +13,23 @@ Imports `smtune.training.config` and `smtune.errors`.
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from smtune.errors import InputError
-from smtune.files import write_text
+from smtune.files import not_writable, sync, write_json, write_text
 from smtune.training.config import TrainConfig, load_config
 
 COMPLETE = "COMPLETE"
-"""Stands in a checkpoint once every file of it is written."""
+"""Stands in a checkpoint once every file of it is written, and holds their names and sizes."""
 
 _MAY_CHANGE = ("output", "evaluation")
 """Keys that have no bearing on what is trained."""
@@ -63,18 +66,30 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.result.is_file()
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether starting over would lose anything: a plan, a checkpoint, or what was trained."""
+        made = [self.plan, self.path / "adapter", self.path / "model", self.result]
+        made += [checkpoint / COMPLETE for checkpoint in list_checkpoints(self.checkpoints)]
+        return any(path.exists() for path in made)
+
     def check_start(self, config: TrainConfig, resume: bool) -> None:
         """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"Expected output to be a folder. {self.path} is a file.")
+        fault = None if self.is_finished else not_writable(self.config)
+        if fault is not None:
+            raise InputError(f"output: {fault}")
         if not self.path.exists():
             return
-        if not self.path.is_dir():
-            raise InputError(f"Expected output to be a folder. {self.path} is a file.")
         if not self.is_begun:
             if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise InputError(
                     f"Expected a new or empty folder. {self.path} holds other files: choose another output."
                 )
             return
+        if not self.holds_work:
+            return  # its start came to nothing: any configuration may have it
         if not resume:
             state = "a finished run" if self.is_finished else "a run that was stopped"
             raise InputError(
@@ -90,15 +105,62 @@ class RunFolder:
                 + "\n  ".join(lines)
                 + "\nUndo them, or choose another output."
             )
+        for record in (self.data, self.environment, self.scoring):
+            if record.is_file():
+                read_record(record)
 
-    def last_checkpoint(self) -> Path | None:
-        """The latest complete checkpoint. Those that a kill left incomplete are removed."""
-        checkpoints = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        for path in checkpoints:
+    def last_checkpoint(self, tell: Callable[[str], object] = lambda text: None) -> Path | None:
+        """The latest sound checkpoint. Those that a kill left incomplete are removed, and damaged ones behind it.
+
+        Args:
+            tell: called with a sentence for each damaged checkpoint that an older one stands in for.
+        Raises:
+            InputError: every complete checkpoint is damaged. Nothing of them is removed.
+        """
+        self.remove_incomplete()
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(list_checkpoints(self.checkpoints)):
+            fault = _fault_of_checkpoint(path)
+            if fault is None:
+                for other, its_fault in damaged:
+                    tell(f"{other.name} is damaged ({its_fault}) and left out; {path.name} is older and sound.")
+                    shutil.rmtree(other)  # its steps will be trained again
+                return path
+            damaged.append((path, fault))
+        if damaged:
+            found = "\n  ".join(f"{path}: {fault}" for path, fault in damaged)
+            raise InputError(
+                f"Expected a checkpoint to resume from. Got damaged ones alone:\n  {found}\nRestore the files, or "
+                "delete these folders to train again from the first step."
+            )
+        return None
+
+    def remove_incomplete(self) -> None:
+        """Remove the checkpoints that were not written to their end."""
+        for path in list_checkpoints(self.checkpoints):
             if not (path / COMPLETE).is_file():
                 shutil.rmtree(path)
-        complete = [path for path in checkpoints if path.is_dir()]
-        return complete[-1] if complete else None
+
+    @contextmanager
+    def room_needed(self) -> Iterator[None]:
+        """While a run writes: say that the disk is full in one way, and leave nothing half written on it.
+
+        Raises:
+            InputError: instead of what the system, safetensors or torch raises.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not _tells_of_full_disk(error):
+                raise
+            with suppress(OSError):  # another process of the run was faster
+                self.remove_incomplete()
+            place = getattr(error, "filename", None) or self.path
+            free = shutil.disk_usage(self.path).free
+            raise InputError(
+                f"Expected room for {place}. The disk is full, with {free:,} bytes left: free space, then go on with "
+                "--resume."
+            ) from error
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines behind a step, and one that a kill cut short: the steps will be trained again."""
@@ -114,6 +176,78 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
         if key not in _MAY_CHANGE:
             flat |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by their steps, whole or not. Folders with other names are somebody else's."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Put the marker into a checkpoint once all of it is on the disk."""
+    files = _sizes(checkpoint)
+    for path in (*checkpoint.rglob("*"), checkpoint):
+        sync(path)
+    write_json(checkpoint / COMPLETE, {"files": files})
+    for path in (checkpoint / COMPLETE, checkpoint, checkpoint.parent):
+        sync(path)
+
+
+def _tells_of_full_disk(error: Exception) -> bool:
+    """Safetensors' error holds no number, and torch's says no more than that a write came to another place."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left on device" in text or (isinstance(error, RuntimeError) and "unexpected pos" in text)
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """{path within the checkpoint: bytes} of its files."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / COMPLETE)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+
+
+def _fault_of_checkpoint(checkpoint: Path) -> str | None:
+    """What of a complete checkpoint is not as it was written, or None."""
+    text = (checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace")
+    if not text:
+        return None  # an older marker, which said no more
+    try:
+        files: dict[str, int] = json.loads(text)["files"]
+    except (ValueError, TypeError, KeyError):
+        return f"{COMPLETE} cannot be read"
+    present = _sizes(checkpoint)
+    for name, size in files.items():
+        if name not in present:
+            return f"{name} is missing"
+        if present[name] != size:
+            return f"{name} has {present[name]:,} bytes, not {size:,}"
+    return None
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """The object in a JSON file of a run folder.
+
+    Raises:
+        InputError: it cannot be read, or lacks one of the keys.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in values] if isinstance(values, dict) else []
+        fault = f"an object without {', '.join(missing)}" if missing else "no JSON object"
+    except ValueError as error:
+        values, missing, fault = None, [], f"no JSON ({error})"
+    if missing or not isinstance(values, dict):
+        raise InputError(
+            f"Expected {path} as smtune wrote it. Got {fault}: restore the file, or delete it and go on with --resume, "
+            "which can do without."
+        )
+    return values
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -132,6 +266,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}-unfinished")
     for old in (temporary, path):
         shutil.rmtree(old, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    temporary.rename(path)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

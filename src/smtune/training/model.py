@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,16 @@ import smtune
 from smtune.data import Collator, batches
 from smtune.depth import backward_costs
 from smtune.errors import InputError
-from smtune.models import checkpoint_quantisation, load_model, portable_name, wrapping
-from smtune.scoring import Scores
+from smtune.models import (
+    adapter_base,
+    checkpoint_quantisation,
+    load_model,
+    portable_name,
+    resolve,
+    skeleton,
+    wrapping,
+)
+from smtune.scoring import Scores, device_here
 from smtune.training.config import TrainConfig
 from smtune.training.warmup import dense_warmup
 from smtune.tuner.targets import count_parameters, find_targets
@@ -35,12 +45,7 @@ def load_base(config: TrainConfig, warmed: Path | None = None) -> nn.Module:
         warmed: what a dense warm-up left, to go on with.
     """
     all_trained = config.saves_whole_model and warmed is None
-    model = load_model(str(warmed or config.model), "float32" if all_trained else config.dtype)
-    if isinstance(model, peft.PeftModel):
-        raise InputError(
-            f"Expected a model without an adapter. {config.model!r} has one: merge it first, and train the result."
-        )
-    return model
+    return load_model(str(warmed or config.model), "float32" if all_trained else config.dtype)
 
 
 def smt_config(config: TrainConfig) -> smtune.SMTConfig:
@@ -63,6 +68,76 @@ def smt_config(config: TrainConfig) -> smtune.SMTConfig:
         mode=smt.mode,
         seed=config.training.seed,
     )
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a run will train, as far as the model's skeleton tells.
+
+    Attributes:
+        plan: None but for smt. remarks: what is allowed, but hardly meant.
+    """
+
+    total_parameters: int
+    trainable_parameters: int
+    plan: smtune.Plan | None
+    remarks: tuple[str, ...]
+
+
+def foresee(config: TrainConfig) -> Foreseen:
+    """Build the model on the meta device, and choose or wrap what is trained of it.
+
+    Raises:
+        InputError: whatever does not fit the model, before its weights are read.
+    """
+    check_dense(config)
+    if adapter_base(resolve(config.model)) is not None:
+        raise InputError(
+            f"Expected a model without an adapter. {config.model!r} has one: merge it first, and train the result."
+        )
+    model = skeleton(config.model)
+    total_parameters = count_parameters(model)
+    if config.method == "smt":
+        plan = expected_plan(model, config)
+        remarks = (*_remarks_on_length(model, config), *_remarks_on_budget(plan, config))
+        return Foreseen(total_parameters, plan.n_params, plan, remarks)
+    remarks = tuple(_remarks_on_length(model, config))
+    parameters = wrap(model, config, None).parameters()
+    return Foreseen(total_parameters, sum(p.numel() for p in parameters if p.requires_grad), None, remarks)
+
+
+def _remarks_on_length(model: Any, config: TrainConfig) -> Iterator[str]:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        yield (
+            f"data.max_length is {config.data.max_length:,}, and the model was made for {positions:,} positions: "
+            "lower it, or know that the model can go beyond."
+        )
+
+
+def _remarks_on_budget(plan: smtune.Plan, config: TrainConfig) -> Iterator[str]:
+    budget, area = config.smt.budget, plan.block_size**2
+    if config.smt.plan is not None:
+        return  # it was decided when the plan was made
+    if isinstance(budget, int) and budget < len(plan.modules):
+        yield (
+            f"smt.budget is a number of blocks, {budget} for {len(plan.modules)} matrices: for a fraction of all "
+            f"parameters write a float, such as {float(budget) if budget == 1 else 0.0084}."
+        )
+    asked = budget if isinstance(budget, int) else math.floor(budget * plan.total_params / area)
+    if plan.n_blocks < 0.9 * asked:
+        exist = sum(math.prod(module.shape) // area for module in plan.modules.values())
+        reason = "all that the targeted matrices have" if plan.n_blocks == exist else "all that the policy can spend"
+        yield (
+            f"smt.budget is {budget}, {asked:,} blocks, and {plan.n_blocks:,} will be trained, {reason}: a share of "
+            f"{plan.fraction:.4g} of all parameters."
+        )
+
+
+def check_scoring(config: TrainConfig) -> None:
+    """Raises InputError for accumulators on a device that is not here."""
+    if config.method == "smt" and config.smt.plan is None:
+        device_here(config.smt.accumulator_device)
 
 
 def expected_plan(model: nn.Module, config: TrainConfig) -> smtune.Plan:

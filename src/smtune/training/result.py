@@ -5,7 +5,7 @@ Imports transformers, peft, `smtune.models`, the tuner and, of this package, `co
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import resource
 import sys
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from smtune.files import write_text
 from smtune.models import ALIASES, portable_name, quiet, resolve
 from smtune.sharded import trained_state_dict
 from smtune.training.config import TrainConfig
-from smtune.training.folder import RunFolder, read_metrics, write_folder
+from smtune.training.folder import RunFolder, read_metrics, read_record, write_folder
 from smtune.training.trainer import rows_per_step
 from smtune.tuner.card import write_card
 
@@ -151,7 +151,7 @@ def final_result(
     events = read_metrics(folder.metrics)
     steps = [event["step"] for event in events]
     windows = [step - before for step, before in zip(steps, [0, *steps])]
-    scoring = json.loads(folder.scoring.read_text(encoding="utf-8")) if folder.scoring.is_file() else {"seconds": 0.0}
+    scoring = read_record(folder.scoring, "seconds") if folder.scoring.is_file() else {"seconds": 0.0}
     tokens = trainer.state.num_input_tokens_seen
     return RunResult(
         folder=str(folder.path),
@@ -173,8 +173,13 @@ def final_result(
 
 def read_result(folder: RunFolder, config: TrainConfig) -> RunResult:
     """Those of a finished run."""
-    values = json.loads(folder.result.read_text(encoding="utf-8"))
-    return RunResult(folder=str(folder.path), trained=str(folder.trained(config)), **values)
+    names = {field.name for field in dataclasses.fields(RunResult)} - {"folder", "trained"}
+    values = read_record(folder.result, *sorted(names - {"dense_warmup_steps"}))
+    return RunResult(
+        folder=str(folder.path),
+        trained=str(folder.trained(config)),
+        **{name: value for name, value in values.items() if name in names},
+    )
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import smtune
-from smtune.data import Collator, prepare
+from smtune.data import Collator, encode, read_records, to_example
 from smtune.errors import InputError
 from smtune.files import write_json, write_text
 from smtune.models import identity, load_tokenizer, portable_name, skeleton
@@ -37,12 +37,15 @@ from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
 from smtune.training.environment import describe_environment
-from smtune.training.folder import RunFolder, write_folder
+from smtune.training.folder import RunFolder, read_record, step_of, write_folder
+from smtune.training.lock import locked
 from smtune.training.model import (
-    check_dense,
+    Foreseen,
+    check_scoring,
     check_trainable,
     checkpoint_activations,
     expected_plan,
+    foresee,
     load_base,
     score,
     warm_up,
@@ -70,6 +73,7 @@ class WorkPlan:
         rows, tokens: of one epoch; an example is a row. data: what became of the examples, in words.
         steps: optimizer steps; rows_per_step over all devices.
         checkpoints: written on the way. writes: paths that will be written, in order.
+        remarks: what is allowed, but hardly meant.
         dense_warmup_learning_rate: where the scoring batches are steps of full fine-tuning, which are kept.
     """
 
@@ -90,6 +94,7 @@ class WorkPlan:
     checkpoints: int
     output: str
     writes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
     dense_warmup_learning_rate: float | None = None
 
     def __rich__(self) -> Table:
@@ -111,6 +116,7 @@ class WorkPlan:
             ("checkpoints", f"{self.checkpoints}"),
             ("output", self.output),
             ("writes", ", ".join(self.writes)),
+            *(("warning", remark) for remark in self.remarks),
         ):
             table.add_row(label, Text(text))
         return table
@@ -141,20 +147,38 @@ def train(
     folder = RunFolder(config.output)
     check_trackers(config)
     check_engine(config)
-    folder.check_start(config, resume)
-    if folder.is_finished:
+    if folder.is_finished or folder.path.is_file():
+        folder.check_start(config, resume)
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return read_result(folder, config)
-
-    check_dense(config)
     arguments = training_arguments(config, folder)
+    with locked(folder.path) if PartialState().is_main_process else nullcontext():
+        folder.check_start(config, resume)
+        with folder.room_needed():
+            return _train(config, folder, arguments, console, callbacks)
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    console: Console,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
+    """`train` in a folder that may be written, and in which no other process is."""
     is_main = PartialState().is_main_process
-    tokenizer = load_tokenizer(config.model)
-    dataset, data_record, summary = _load_data(config, tokenizer)
+    checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
+    tokenizer, dataset, data_record, summary = _load_data(config)
     _check_same_data(folder, data_record)
     collator = _collator(tokenizer)
     _say(console, f"Data: {summary}")
     must_score = config.method == "smt" and config.smt.plan is None and not _from_main(folder.has_plan(config))
+    # What does not fit the model is found here, before its weights are read and anything is written.
+    if must_score:
+        check_scoring(config)
+    with whole_weights(arguments):
+        foreseen = foresee(config)
+    _say_remarks(console, foreseen)
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
     else:
@@ -163,13 +187,11 @@ def train(
     if must_score:
         model = model.to(arguments.device)  # else the engine, or Trainer, places it
     total_parameters = count_parameters(model)
-    # What does not fit the model is found here, before scoring and before anything is written.
     set_seed(config.training.seed)
     if config.method == "smt":
-        expected_plan(model, config)
+        expected_plan(model, config)  # again, of the model as it is: its layers may be quantised
     else:
         model = wrap(model, config, None)
-    checkpoint = _from_main(folder.last_checkpoint() if is_main else None)
     PartialState().wait_for_everyone()  # every process has looked at the folder as it was
     if is_main:
         _write_start(folder, config, data_record, arguments, checkpoint)
@@ -231,11 +253,11 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
         )
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
-    tokenizer = load_tokenizer(config.model)
-    dataset, _, _ = _load_data(config, tokenizer)
-    model = load_base(config).to(PartialState().device)
-    expected_plan(model, config)
+    check_scoring(config)
+    tokenizer, dataset, _, _ = _load_data(config)
     console = console or Console(stderr=True)
+    _say_remarks(console, foresee(config))
+    model = load_base(config).to(PartialState().device)
     return score(model, dataset, _collator(tokenizer), config, console.is_terminal)
 
 
@@ -255,23 +277,17 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     check_trackers(config)
     check_engine(config, processes)
     folder.check_start(config, resume)
-    check_dense(config)
-    tokenizer = load_tokenizer(config.model)
-    dataset, _, summary = _load_data(config, tokenizer)
-    model = skeleton(config.model)
-    total_parameters = count_parameters(model)
-    blocks, n_scoring = "", 0
-    if config.method == "smt":
-        plan = expected_plan(model, config)
-        trainable = plan.n_params
+    if not folder.has_plan(config):
+        check_scoring(config)
+    _, dataset, _, summary = _load_data(config)
+    foreseen = foresee(config)
+    blocks, n_scoring, plan = "", 0, foreseen.plan
+    if plan is not None:
         blocks = f": {plan.n_blocks:,} blocks of {plan.block_size}² out of {len(plan.modules)} matrices"
         if config.has_dense_warmup:
             n_scoring = config.smt.dense_warmup_steps or 0
         elif config.smt.plan is None and config.smt.criterion not in DATA_FREE:
             n_scoring = min(config.smt.warmup_steps, math.ceil(len(dataset) / (config.smt.score_batch_size or 1)))
-    else:
-        model = wrap(model, config, None)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     per_epoch, steps = count_steps(config, len(dataset), processes)
     writes = ["config.yaml", "environment.json", "data.json"]
     writes += ["scoring.json", "plan.json"] * (config.method == "smt")
@@ -280,8 +296,8 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         model=portable_name(config.model),
         method=config.method,
         dtype=config.dtype,
-        total_parameters=total_parameters,
-        trainable_parameters=trainable,
+        total_parameters=foreseen.total_parameters,
+        trainable_parameters=foreseen.trainable_parameters,
         blocks=blocks,
         rows=len(dataset),
         tokens=sum(dataset["length"]),
@@ -294,6 +310,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         checkpoints=(steps - 1) // config.training.save_steps,
         output=str(folder.path),
         writes=tuple(writes),
+        remarks=foreseen.remarks,
         dense_warmup_learning_rate=config.smt.dense_warmup_learning_rate,
     )
 
@@ -301,18 +318,18 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any], str]:
-    """The rows, the record of them for `data.json`, and the same in words."""
+def _load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, dict[str, Any], str]:
+    """The model's tokenizer, the rows, the record of them for `data.json`, and the same in words."""
     data = config.data
-    dataset, report = prepare(
-        data.train,
+    # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
+    records = read_records(data.train, format=data.format, limit=data.limit, seed=config.training.seed)
+    tokenizer = load_tokenizer(config.model)
+    dataset, report = encode(
+        [to_example(record, tokenizer) for record in records],
         tokenizer,
         max_length=data.max_length,
-        format=data.format,
         train_on=data.train_on,
         on_long=data.on_long,
-        limit=data.limit,
-        seed=config.training.seed,
     )
     sources = [data.train] if isinstance(data.train, str) else data.train
     rows = hashlib.sha256()
@@ -323,7 +340,7 @@ def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         "rows_sha256": rows.hexdigest(),
         **dataclasses.asdict(report),
     }
-    return dataset, record, str(report)
+    return tokenizer, dataset, record, str(report)
 
 
 def _file_sha256(path: Path) -> str | None:
@@ -333,8 +350,8 @@ def _file_sha256(path: Path) -> str | None:
 
 
 def _check_same_data(folder: RunFolder, record: dict[str, Any]) -> None:
-    if folder.data.is_file():
-        before = json.loads(folder.data.read_text(encoding="utf-8"))
+    if folder.holds_work and folder.data.is_file():
+        before = read_record(folder.data, "rows_sha256", "sources")
         if before["rows_sha256"] != record["rows_sha256"]:
             changed = [
                 source for source, digest in record["sources"].items() if before["sources"].get(source) != digest
@@ -413,13 +430,15 @@ def _write_start(
     checkpoint: Path | None,
 ) -> None:
     """Write what is known before training; on resuming, add to the environment and forget metrics to be made again."""
-    if not folder.is_begun:
+    if not folder.holds_work:
         write_text(folder.config, config.to_yaml())  # first: a folder with it may be resumed
+        for left in (folder.data, folder.environment, folder.scoring, folder.metrics):
+            left.unlink(missing_ok=True)  # by a start that came to nothing
     write_json(folder.data, data_record)
     environment = describe_environment(arguments.device, config.training.seed)
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    step = step_of(checkpoint) if checkpoint is not None else 0
     if folder.environment.is_file():
-        before = json.loads(folder.environment.read_text(encoding="utf-8"))
+        before = read_record(folder.environment)
         before.setdefault("resumed", []).append({"step": step, **environment})
         write_json(folder.environment, before)
     else:
@@ -431,6 +450,11 @@ def _say(console: Console, text: str) -> None:
     """A line from the main process, as it is: paths may hold what rich takes for markup."""
     if PartialState().is_main_process:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_remarks(console: Console, foreseen: Foreseen) -> None:
+    for remark in foreseen.remarks:
+        _say(console, f"Warning: {remark}")
 
 
 def _from_main(value: Any) -> Any:
