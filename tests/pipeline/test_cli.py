@@ -106,7 +106,8 @@ def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".merged")] == []
     umask = os.umask(0)
     os.umask(umask)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o666 & ~umask}
+    files = [path for folder in ("merged", "run/adapter") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(

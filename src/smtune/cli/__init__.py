@@ -25,7 +25,7 @@ from rich.markup import escape
 from smtune.cli.bench import bench
 from smtune.cli.reproduce import reproduce
 from smtune.errors import InputError
-from smtune.files import let_read
+from smtune.files import let_read, not_writable
 from smtune.version import __version__
 
 if TYPE_CHECKING:
@@ -59,21 +59,25 @@ def select(
     output: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
 ) -> None:
     """Score the blocks of a model by gradients and write the plan of those to train."""
-    from smtune.files import not_writable
     from smtune.report import plan_table
     from smtune.training import load_config, select_plan
 
     if output.exists():
         raise InputError(f"Expected a new file for the plan. {output} exists: choose another --output.")
-    fault = not_writable(output)
-    if fault is not None:
-        raise InputError(f"--output: {fault}")
+    _check_place(output, "--output")
     plan = select_plan(load_config(config, overrides or []), console)
     plan.save(output)
     Console().print(plan_table(plan))
     place = str(output) if re.fullmatch(r"[\w./-]+", str(output)) else json.dumps(str(output), ensure_ascii=False)
     command = shlex.join(["smtune", "train", str(config), *(overrides or []), f"smt={{plan: {place}}}"])
     console.print(f"Wrote {output}. Train it:\n  {command}", soft_wrap=True, markup=False)
+
+
+def _check_place(path: Path, what: str) -> None:
+    """Raises InputError for a file that could not be written, before there is anything to write."""
+    fault = not_writable(path)
+    if fault is not None:
+        raise InputError(f"{what}: {fault}")
 
 
 @app.command()
@@ -188,6 +192,7 @@ def _evaluate(
         output = place / "evaluation" / f"{how}-{dtype}"
     if output.exists() and not output.is_dir():
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
+    _check_place(output / "summary.json", "--output")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Evaluating", total=len(items))
         evaluation = evaluate_items(
@@ -225,6 +230,7 @@ def merge(
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"Expected a new or empty folder. {output} is not: choose another.")
+    _check_place(output / "config.json", "output")
     model: Any = load_model(adapter, dtype)
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"Expected an adapter. {adapter} is a whole model already.")

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from smtune.errors import InputError
-from smtune.files import not_writable, sync, write_json, write_text
+from smtune.files import let_read, not_writable, sync, write_json, write_text
 from smtune.training.config import TrainConfig, load_config
 
 COMPLETE = "COMPLETE"
@@ -269,6 +269,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
+        let_read(temporary)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
