@@ -20,8 +20,8 @@ from smtune.models import load_model, load_tokenizer
 def main(model: str = "smollm2-135m", data: str = "arithmetic", output: str = "runs/accelerate", steps: int = 30):
     accelerator = Accelerator(gradient_accumulation_steps=2)
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device=accelerator.device)  # in fp32, as what is trained
     rows, report = prepare(data, tokenizer, max_length=256)
+    base = load_model(model, device=accelerator.device)  # in fp32, as what is trained
     collate = Collator(tokenizer.pad_token_id)
     accelerator.print(report)
 

@@ -25,8 +25,8 @@ def main(
     resume: bool = False,
 ):
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
     rows, report = prepare(data, tokenizer, max_length=256)
+    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
     collate = Collator(tokenizer.pad_token_id)
     print(report)
 

@@ -34,8 +34,8 @@ def train(model, loader, learning_rate=1e-3):
 
 def main(model: str = "smollm2-135m", data: str = "arithmetic", output: str = "runs/plain-loop", steps: int = 30):
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
     rows, report = prepare(data, tokenizer, max_length=256)  # prompts masked: the loss is on the answers
+    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
     collate = Collator(tokenizer.pad_token_id)
     print(report)
 
