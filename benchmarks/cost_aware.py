@@ -109,14 +109,14 @@ def score(records: list[dict[str, str]], tokenizer, seed: int) -> tuple[Scores, 
     model = load_model(MODEL, "float32")
     rows, _ = prepare(records, tokenizer, max_length=MAX_LENGTH)
     warmup = batches(rows, Collator(tokenizer.pad_token_id), BATCH, seed=seed, n=SCORING_BATCHES)
-    config = smtune.SMTConfig(block_size=BLOCK_SIZE, warmup_steps=SCORING_BATCHES)
+    config = smtune.SMTConfig(block_size=BLOCK_SIZE, policy="global", warmup_steps=SCORING_BATCHES)
     return smtune.score_blocks(model, warmup, config), count_parameters(model)
 
 
 def run_cell(row: dict[str, Any], records: list[dict[str, str]], scores: Scores, total: int, folder: Path):
     """Select within the row's limit, train, and return the merged model; what is known of both goes into the row."""
     limit = row["max_backward_cost"]
-    config = smtune.SMTConfig(block_size=BLOCK_SIZE, budget=BUDGET, max_backward_cost=limit)
+    config = smtune.SMTConfig(block_size=BLOCK_SIZE, budget=BUDGET, policy="global", max_backward_cost=limit)
     plan = smtune.select_blocks(scores, config, total)
     plan_file, data = (folder.parent / f"{folder.name}{end}" for end in (".plan.json", ".jsonl"))
     plan.save(plan_file)

@@ -136,7 +136,9 @@ def build(name: str, configuration: Any, row: dict[str, Any], batch: dict[str, T
     base = model.train()
     model = copy.deepcopy(base)
     row["weights_bytes"] = weights_bytes(model)
-    config = smtune.SMTConfig(block_size=BLOCK_SIZE, budget=BLOCKS, criterion="random", mode="additive")
+    config = smtune.SMTConfig(
+        block_size=BLOCK_SIZE, budget=BLOCKS, criterion="random", policy="global", mode="additive"
+    )
     model = smtune.get_smt_model(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     arm = Arm(name, name, model, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0), trained)

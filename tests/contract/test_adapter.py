@@ -208,6 +208,7 @@ def test_paper_setting():
     config = SMTConfig.paper(budget=0.0491)
     assert (config.block_size, config.criterion, config.warmup_steps, config.budget) == (256, "abs_of_sum", 100, 0.0491)
     assert config.target_modules == {"q_proj", "k_proj", "v_proj"}
+    assert (config.policy, SMTConfig().policy, SMTConfig().criterion) == ("global", "sampled", "abs_of_sum")
 
 
 def test_a_plan_for_another_model_is_refused():

@@ -55,7 +55,9 @@ def make_base(kind="llama"):
 
 def plan_of(base, *names):
     """A plan of one block in each of the named modules, all projections being targeted."""
-    config = SMTConfig(target_modules=PROJECTIONS, block_size=16, budget=len(names), criterion="random")
+    config = SMTConfig(
+        target_modules=PROJECTIONS, block_size=16, budget=len(names), criterion="random", policy="global"
+    )
     scores = smtune.score_blocks(base, None, config)
     for name in names:
         scores[name][0, 0] = 10.0

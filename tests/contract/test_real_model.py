@@ -17,7 +17,7 @@ from smtune import SMTConfig
 from smtune.blocks import gather, scatter_, tile
 from smtune.data import Collator, batches, prepare
 
-CONFIG = SMTConfig(block_size=64, budget=0.0084, warmup_steps=2)
+CONFIG = SMTConfig(block_size=64, budget=0.0084, policy="global", warmup_steps=2)
 
 
 @pytest.fixture(scope="module")

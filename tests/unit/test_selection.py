@@ -283,7 +283,7 @@ def test_the_smallest_limit_that_is_named_would_do(tiny_llama):
 
 def test_a_plan_records_what_it_costs_and_keeps(tiny_llama):
     def config(**changes):
-        return SMTConfig(block_size=16, budget=6, criterion="random", **changes)
+        return SMTConfig(block_size=16, budget=6, criterion="random", policy="global", **changes)
 
     scores = smtune.score_blocks(tiny_llama, None, config())
     assert scores.backward_costs == backward_costs(tiny_llama, scores)

@@ -178,7 +178,11 @@ def plans(model: nn.Module, name: str, subject: Subject, limits: list[float]) ->
 
     def config(limit: float) -> smtune.SMTConfig:
         return smtune.SMTConfig(
-            target_modules=list(QKV), block_size=subject.block_size, budget=budget, max_backward_cost=limit
+            target_modules=list(QKV),
+            block_size=subject.block_size,
+            budget=budget,
+            policy="global",
+            max_backward_cost=limit,
         )
 
     batch = batches(dataset, Collator(tokenizer.pad_token_id), ROWS)

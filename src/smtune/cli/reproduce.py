@@ -156,6 +156,11 @@ def _pretrain(steps: int | None, threads: int | None, say: Any) -> None:
 def _evidence(output: Path, page: Path | None, say: Any) -> None:
     from smtune.reproduce.evidence import write_evidence
 
+    if not any(output.glob("*/cells/*.jsonl")):
+        raise InputError(
+            f"Expected a folder with results of `smtune reproduce`, a folder for each tier. {output} has none: run an "
+            "experiment first, or give its place as --output."
+        )
     if page is not None and page.is_dir():
         raise InputError(f"Expected --page to be a file. {page} is a folder: name a .md file in it.")
     written = write_evidence(output, page or output / "evidence.md")

@@ -42,7 +42,7 @@ class SMTOptions(BaseModel):
     block_size: int | Literal["auto"] = "auto"
     budget: float | int = 0.0084
     criterion: str = "abs_of_sum"
-    policy: str = "global"
+    policy: str = "sampled"
     shares: dict[str, float] | None = None
     max_backward_cost: float | None = None
     warmup_steps: int = 100

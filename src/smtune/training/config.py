@@ -94,7 +94,7 @@ class SMTSection(_Section):
     block_size: Count | Literal["auto"] = "auto"
     budget: int | float = 0.0084
     criterion: str = "abs_of_sum"
-    policy: str = "global"
+    policy: str = "sampled"
     shares: dict[str, float] | None = None
     max_backward_cost: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     warmup_steps: Count = 100
@@ -309,7 +309,7 @@ def _faults_between_fields(given: Callable[[str], Any]) -> Iterator[tuple[str, s
             if given(f"smt.{key}") is not None:
                 yield f"smt.{key}", "expected without smt.plan, which has decided it. Got both: leave one out."
     else:
-        policy, shares = given("smt.policy") or "global", given("smt.shares")
+        policy, shares = given("smt.policy") or "sampled", given("smt.shares")
         if isinstance(policy, str) and (shares is None or _are_numbers(shares)):  # otherwise a fault of its own
             try:
                 check_policy(policy, shares)

@@ -23,7 +23,7 @@ MODES = ("auto", "resident", "additive")
 
 @dataclass
 class SMTConfig(PeftConfig):
-    """Configuration of Sparse Matrix Tuning. The defaults are the paper's setting, but for the block size.
+    """Configuration of Sparse Matrix Tuning. The defaults are the paper's setting, but for block size and policy.
 
     Args:
         target_modules: names, name endings or a regular expression of the linear layers to choose blocks from, or
@@ -34,8 +34,8 @@ class SMTConfig(PeftConfig):
         block_size: l, a number that divides every targeted weight, or "auto": the largest common divisor, at most 256.
         budget: a fraction of all parameters (float in (0, 1]) or a number of blocks in all (int).
         criterion: how blocks are scored; see `smtune.scoring`.
-        policy: how blocks are chosen from scores: "global", "per_module", "shares" or "sampled"; see
-            `smtune.selection`.
+        policy: how blocks are chosen from scores: "sampled", "global" (the paper), "per_module" or "shares"; see
+            `smtune.selection`, and ADR 0017 for the default.
         shares: with policy "shares", the share of the budget by group, such as {"attention": 0.75, "mlp": 0.25}.
         max_backward_cost: how far down the backward may go, a fraction in (0, 1] of the chain of products dX = dY W
             that ends at the lowest target: the lowest layers are left whole to keep within it. None: no limit.
@@ -65,7 +65,7 @@ class SMTConfig(PeftConfig):
     block_size: int | Literal["auto"] = field(default="auto", metadata={"help": 'l, or "auto".'})
     budget: float | int = field(default=0.0084, metadata={"help": "Fraction of all parameters, or blocks."})
     criterion: str = field(default="abs_of_sum", metadata={"help": "How blocks are scored."})
-    policy: str = field(default="global", metadata={"help": "How blocks are chosen."})
+    policy: str = field(default="sampled", metadata={"help": "How blocks are chosen."})
     shares: dict[str, float] | None = field(default=None, metadata={"help": "Shares of the budget by group."})
     max_backward_cost: float | None = field(default=None, metadata={"help": "Fraction of the whole dX chain."})
     warmup_steps: int = field(default=100, metadata={"help": "Batches to score with."})

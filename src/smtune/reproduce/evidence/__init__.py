@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from smtune.errors import InputError
 from smtune.files import write_text
 from smtune.report.benchmarks.markdown import prose, section
 from smtune.report.forest import forest, scatter
@@ -57,13 +56,8 @@ def write_evidence(output: Path, page: Path) -> list[Path]:
     Returns:
         The files written, the page first.
     Raises:
-        InputError: no results, or a cell that cannot be read.
+        InputError: a cell that cannot be read.
     """
-    if not any(output.glob("*/cells/*.jsonl")):
-        raise InputError(
-            f"Expected a folder with results of `smtune reproduce`, a folder for each tier. {output} has none: run an "
-            "experiment first, or give its place as --output."
-        )
     bench = output.parent / BENCH_FILE
     benchmarks = json.loads(bench.read_text(encoding="utf-8")) if bench.is_file() else None
     evidence, links = Evidence(read(output), benchmarks), Links(page, bench)
