@@ -160,6 +160,7 @@ def test_a_plan_within_a_backward_cost_trains_right(architecture, tmp_path):
     expected = twin(base, batches(), layers_to_transform=[1, 2])
     assert 0 < expected.plan.backward_cost <= 1
     check_training(expected, "additive" if architecture == "Falcon" else "resident", tmp_path)
-    whole = smtune.make_plan(base, batches(), smtune.SMTConfig(block_size=8, budget=6))
-    limited = smtune.make_plan(base, batches(), smtune.SMTConfig(block_size=8, budget=6, max_backward_cost=0.7))
+    best = {"block_size": 8, "budget": 6, "policy": "global"}
+    whole = smtune.make_plan(base, batches(), smtune.SMTConfig(**best))
+    limited = smtune.make_plan(base, batches(), smtune.SMTConfig(**best, max_backward_cost=0.7))
     assert limited.backward_cost <= 0.7 < whole.backward_cost == 1

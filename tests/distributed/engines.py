@@ -77,7 +77,13 @@ def warmup(rank: int = 0, size: int = 1, n: int = 5) -> list[dict[str, torch.Ten
 def smt_config(mode: str = "auto", criterion: str = "abs_of_sum") -> smtune.SMTConfig:
     targets = ["q_proj", "k_proj", "v_proj"]
     return smtune.SMTConfig(
-        target_modules=targets, block_size=16, budget=9, warmup_steps=10, mode=mode, criterion=criterion
+        target_modules=targets,
+        block_size=16,
+        budget=9,
+        policy="global",  # tells other scores by other blocks
+        warmup_steps=10,
+        mode=mode,
+        criterion=criterion,
     )
 
 

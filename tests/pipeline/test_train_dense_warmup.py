@@ -129,7 +129,7 @@ def scoring_of(config):
 def test_it_equals_a_loop_written_out(configure, quiet, base, rows):
     step_of_four = ["training.batch_size=4", "training.gradient_accumulation_steps=1"]
     constant = ["training.schedule=constant", "training.warmup_steps=0", "training.learning_rate=1e-3"]
-    config = configure(SMT, "smt.dense_warmup_learning_rate=3e-3", *step_of_four, *constant)
+    config = configure(SMT, "smt.policy=global", "smt.dense_warmup_learning_rate=3e-3", *step_of_four, *constant)
     seen = Batches()
     train(config, console=quiet, callbacks=[seen])
 
