@@ -134,7 +134,7 @@ class Pruned(_Section):
     tiers: list[str] = ["mini", "smollm2"]
 
     def __str__(self) -> str:
-        """as "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
+        """As "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
         by_method = {method: ", ".join(f"{rate:g}" for rate in rates) for method, rates in self.learning_rates.items()}
         others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
         return f"rates {'; '.join([by_method['default'], *others])}; {self.seeds} seeds"

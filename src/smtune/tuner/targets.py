@@ -256,8 +256,11 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
     _maybe_include_all_linear_layers(config, model)  # expands "all-linear" in place
     # Inside an adapted layer stand its base layer and its blocks; the layer itself is the target.
     inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
-    matches = [name for name in names if check_target_module_exists(config, name)]
+    matches = [
+        name
+        for name, _ in model.named_modules()
+        if name and not name.startswith(inside) and check_target_module_exists(config, name)
+    ]
     if not matches:
         endings = _linear_endings(model)
         known = endings.split(", ")
