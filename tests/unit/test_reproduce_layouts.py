@@ -186,3 +186,13 @@ def test_data_of_a_folder(tmp_path, monkeypatch):
     assert "1 of 40 test questions are among 40 training rows (AddSub 1)" in data.overlap_text()
     assert len({json.dumps(row) for row in data.train} & {json.dumps(row) for row in data.validation}) == 0
     load_data.cache_clear()
+
+
+def test_a_page_of_a_stand_in_says_so(tmp_path):
+    made = experiment(row("SMT"))
+    request, store = Request(["made"], Setting("smollm2"), seeds=[0]), Store(tmp_path)
+    save(store, request.arms(made)[0].cell(1e-3, 0), 200)
+    assert "Trained and tested on *comparison* in place of *choice*" in page_of(made, request, store, tmp_path)
+    for others in (Setting("mini"), Setting("smollm2", data="anywhere")):
+        request = Request(["made"], others, seeds=[0])
+        assert "in place of" not in page_of(made, request, store, tmp_path)

@@ -198,7 +198,7 @@ def _dry_run(names: list[str], request: Request, jobs: int) -> None:
 
     console = Console()
     if request.setting.data is not None:
-        for family in dict.fromkeys(family for name in names for family in load_experiment(name).families):
+        for family in dict.fromkeys(one for name in names for one in request.setting.families(load_experiment(name))):
             load_data(request.setting, family)  # says which file is missing
     for name in names:
         console.print(dry.table(name, dry.estimate(request, name), jobs))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from smtune.reproduce.declared import Experiment, Row, Tier
+from smtune.reproduce.declared import Experiment, Row, Tier, budget_text
 
 Record = dict[str, Any]
 WHOLE = ("full", "dense-v", "dense-qkv")
@@ -108,28 +108,28 @@ def _validated(record: Record) -> tuple[float, float]:
     return (accuracy, -loss) if loss is not None else (-1.0, 0.0)
 
 
-def budget_text(budget: float | int) -> str:
-    """A number of blocks, or percent of the parameters."""
-    return f"{budget} blocks" if isinstance(budget, int) else f"{100 * budget:.3g} %"
-
-
 def arms(
-    experiment: Experiment, tier: Tier, seeds: Sequence[int] | None, base: Callable[[str, str], Record]
+    experiment: Experiment,
+    tier: Tier,
+    families: Sequence[str],
+    seeds: Sequence[int] | None,
+    base: Callable[[str, str], Record],
 ) -> Iterator[Arm]:
     """The arms of an experiment, in the order of its table.
 
     Args:
         experiment, tier: as declared.
+        families: that it is run on.
         seeds: of every arm, None: as declared; the untrained model and what draws nothing have the first only.
         base: (model, family) to what all cells of the two share: data, recipe, evaluation.
     """
     seeds = seeds or tier.seeds_of(experiment)
-    for family in experiment.families:
+    for family in families:
         for model in tier.models:
             for row in experiment.rows_at(tier.scale):
                 if row.models is not None and model not in row.models:
                     continue
-                for budget in [1.0] if row.method in UNBUDGETED else row.budgets:
+                for budget in [1.0] if row.method in UNBUDGETED else tier.budgets(experiment, row):
                     other = row.then or row.scored_on
                     further = base(model, other).get("data") if other is not None else None
                     varies = experiment.layout == "overlap" or (experiment.kind == "train" and row.method != "base")

@@ -65,6 +65,11 @@ Budget = Annotated[float, Field(gt=0.0, le=1.0)] | Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def budget_text(budget: float | int) -> str:
+    """A number of blocks, or percent of the parameters."""
+    return f"{budget} blocks" if isinstance(budget, int) else f"{100 * budget:.3g} %"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -121,23 +126,28 @@ class Published(_Section):
 
 
 class Pruned(_Section):
-    """Fewer seeds and learning rates than the tier's, since other experiments have shown where to look.
+    """Fewer seeds, learning rates or budgets than the tier's, since other experiments have shown where to look.
 
     Attributes:
         seeds: the first so many of the tier's.
         learning_rates: of rows that name none of their own, by method; "default" for the others.
+        budgets: those that are kept. None: all.
         tiers: where it is so; elsewhere all of the tier's are run.
     """
 
     seeds: Count
     learning_rates: dict[str, list[float]]
+    budgets: list[Budget] | None = None
     tiers: list[str] = ["mini", "smollm2"]
 
     def __str__(self) -> str:
         """As "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
         by_method = {method: ", ".join(f"{rate:g}" for rate in rates) for method, rates in self.learning_rates.items()}
         others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
-        return f"rates {'; '.join([by_method['default'], *others])}; {self.seeds} seeds"
+        texts = [f"rates {by_method['default']}", *others, f"{self.seeds} seeds"]
+        if self.budgets is not None:
+            texts.append(f"budgets {', '.join(budget_text(budget) for budget in self.budgets)}")
+        return "; ".join(texts)
 
 
 class Experiment(_Section):
@@ -147,7 +157,7 @@ class Experiment(_Section):
         name, title: for the command line and for people.
         kind: what a cell does: "train" (and evaluate), "select" (a plan only), "time" (steps), "memory" (count).
         layout: how it is shown.
-        families: the tasks trained on and tested, of the tier's.
+        families: the tasks trained on and tested, those of them that a tier has.
         rows: by scale. models: by scale, those of the tier's models that rows without their own are run on; None: all.
         cells_of: another experiment whose rows these are.
         pruned: what is left out, and in which tiers.
@@ -274,6 +284,8 @@ class Tier(_Section):
         block_size, dtype: of SMT, and of the frozen weights.
         learning_rates: by method; "default" for the others.
         families: the tasks. folder: the same where a folder of data is given, with paths inside it.
+        stand_ins: by family, another that experiments train on instead where no folder of data is given: one that the
+            tier's models can learn in its steps.
         tests_folder: of the test files inside that folder.
         flops_per_second: what the dry run assumes of a device.
     """
@@ -288,6 +300,7 @@ class Tier(_Section):
     learning_rates: dict[str, list[float]]
     families: dict[str, Family]
     folder: dict[str, Family] = {}
+    stand_ins: dict[str, str] = {}
     tests_folder: str = "test"
     evaluation: Evaluation
     flops_per_second: float
@@ -304,13 +317,39 @@ class Tier(_Section):
         by_method = pruned.learning_rates if pruned else self.learning_rates
         return row.learning_rates or by_method.get(row.method) or by_method["default"]
 
+    def others(self, families: Sequence[str]) -> list[str]:
+        """The families but these and stand-ins: what else may be forgotten."""
+        return [family for family in self.families if family not in (*families, *self.stand_ins.values())]
+
+    def budgets(self, experiment: Experiment, row: Row) -> list[Budget]:
+        """The budgets of a row that the tier runs."""
+        pruned = self.pruned(experiment)
+        return [one for one in row.budgets if pruned is None or pruned.budgets is None or one in pruned.budgets]
+
     def seeds_of(self, experiment: Experiment) -> list[int]:
         """The seeds that an experiment runs with if it is not told which."""
         pruned = self.pruned(experiment)
         return self.seeds[: pruned.seeds] if pruned else self.seeds
 
+    def families_of(self, experiment: Experiment, has_folder: bool = False) -> list[str]:
+        """The families of an experiment that the tier has; of what is trained, stand-ins for those that it names
+        without them.
+
+        Args:
+            has_folder: whether a folder of data is given.
+        """
+        if has_folder and self.folder:
+            return [family for family in experiment.families if family in self.folder]
+        families = [family for family in experiment.families if family in self.families]
+        if experiment.kind != "train":
+            return families
+        stand_ins = {family: other for family, other in self.stand_ins.items() if other not in families}
+        return [stand_ins.get(family, family) for family in families]
+
     def pruned(self, experiment: Experiment) -> Pruned | None:
-        """What an experiment leaves out in this tier."""
+        """What an experiment leaves out in this tier; of one that shares another's cells, what that leaves out."""
+        if experiment.cells_of is not None:
+            return self.pruned(load_experiment(experiment.cells_of))
         return experiment.pruned if experiment.pruned and self.name in experiment.pruned.tiers else None
 
 

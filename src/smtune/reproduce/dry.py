@@ -17,8 +17,8 @@ from rich.table import Table
 
 from smtune.errors import InputError
 from smtune.reproduce import memory
-from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
-from smtune.reproduce.declared import Size, load_experiment
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms
+from smtune.reproduce.declared import Size, budget_text, load_experiment
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
 from smtune.reproduce.train import count_steps
@@ -54,7 +54,7 @@ def estimate(request: Request, name: str) -> list[Estimate]:
     tier, recipe = setting.declared, setting.recipe
 
     found = []
-    for arm in arms(experiment, tier, request.seeds, setting.shape):
+    for arm in arms(experiment, tier, setting.families(experiment), request.seeds, setting.shape):
         size = tier.families[arm.family].size
         counted = _count(setting, arm.model, *_memory_key(arm))
         steps = 0

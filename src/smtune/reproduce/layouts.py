@@ -22,8 +22,8 @@ from smtune.report import block_map, projection_shares
 from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
 from smtune.report.forest import dots
-from smtune.reproduce.cells import UNBUDGETED, Arm, Record, budget_text
-from smtune.reproduce.declared import Experiment, Row
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record
+from smtune.reproduce.declared import Experiment, Row, budget_text
 from smtune.reproduce.numbers import DASH, p_text, points
 from smtune.reproduce.run import Request
 from smtune.reproduce.store import Store
@@ -77,6 +77,7 @@ def render(result: Result, folder: Path) -> list[Path]:
         f"# {experiment.title}",
         _trial(result),
         f"## Ours: {result.request.setting.declared.title}",
+        _stand_ins(result),
         table(heads, shown),
         extra,
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
@@ -114,6 +115,15 @@ def _trial(result: Result) -> str:
     cuts += [f"at most {result.request.max_cells} cells"] if result.request.max_cells is not None else []
     what = ", ".join(cuts) or "its base model is cut short"
     return f"**A trial, not a result: {what}.** It shows that the commands run."
+
+
+def _stand_ins(result: Result) -> str:
+    run, setting = {arm.family for arm in result.arms}, result.request.setting
+    pairs = [(asked, other) for asked, other in setting.declared.stand_ins.items() if other in run and asked not in run]
+    return " ".join(
+        f"**Trained and tested on *{other}* in place of *{asked}*, which the tier's steps do not teach its models.**"
+        for asked, other in pairs
+    )
 
 
 def _how(result: Result) -> str:

@@ -55,7 +55,7 @@ class Request:
         """The arms of an experiment. Its data is read, where it needs some, and hashed into their configuration."""
         tier = self.setting.declared
         base = self.setting.shape if experiment.kind == "memory" else self.setting.base
-        return list(arms(experiment, tier, self.seeds, base))
+        return list(arms(experiment, tier, self.setting.families(experiment), self.seeds, base))
 
     def wanted(self, arms: Sequence[Arm], store: Store) -> list[Cell]:
         """The cells known so far, in order: all sweeps, then the other seeds at the rates that were found best."""
@@ -97,7 +97,7 @@ class Runner:
             self.say(f"{name}: nothing to run at this scale")
             return True
         if experiment.kind != "memory":
-            for family in experiment.families:
+            for family in self.request.setting.families(experiment):
                 self.say(f"{name}: {family}: {load_data(self.request.setting, family).overlap_text()}")
         expected = min(sum(arm.n_cells for arm in arms), self.request.max_cells or 1 << 30)
         done = len([cell for cell in self.request.wanted(arms, self.store) if self.store.find(cell)])

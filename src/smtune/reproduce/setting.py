@@ -20,7 +20,7 @@ from smtune.evaluation import TASKS, Item, Task, load_items, resolve_tasks
 from smtune.models import fingerprint
 from smtune.reproduce import mini
 from smtune.reproduce.cells import Record
-from smtune.reproduce.declared import Family, Tier, load_tier
+from smtune.reproduce.declared import Experiment, Family, Tier, load_tier
 
 OTHER_TEXT_ROWS = 64
 PROCEDURAL = {"arithmetic": arithmetic, "comparison": comparison}
@@ -49,6 +49,10 @@ class Setting:
     @property
     def declared(self) -> Tier:
         return load_tier(self.tier)
+
+    def families(self, experiment: Experiment) -> list[str]:
+        """The families that an experiment is run on."""
+        return self.declared.families_of(experiment, self.data is not None)
 
     @property
     def recipe(self) -> Record:

@@ -99,8 +99,7 @@ def _train(config: Mapping[str, Any], setting: Setting, device: torch.device, on
     if setting.declared.scale == "embedded":
         metrics["other_task_losses"] = {
             name: _loss(model, tokenizer, load_data(setting, name).validation, config)
-            for name in setting.declared.families
-            if name not in families
+            for name in setting.declared.others(families)
         }
     measured["evaluation_seconds"] = round(time.perf_counter() - started, 2)
     if device.type == "cuda":

@@ -170,8 +170,8 @@ class Trend(OfExperiment):
     def _line(self, results: Results, model: str, label: str) -> tuple[list[Found], list[float]]:
         """The arms that have been run, with their places."""
         line = []
-        for arm in results.arms(self.experiment):
-            if (arm.arm.model, arm.arm.family) != (model, self.family) or not arm.records:
+        for arm in _of_family(results, self.experiment, self.family):
+            if arm.arm.model != model or not arm.records:
                 continue
             if label and arm.label == label:
                 line.append((arm, math.log10(arm.arm.budget)))
@@ -180,8 +180,8 @@ class Trend(OfExperiment):
 
     def _n_points(self, results: Results) -> int:
         model = next(iter(results.tier.models))
-        arms = [arm for arm in results.arms(self.experiment) if arm.arm.model == model]
-        return len(self.points) or sum(arm.label == self.label and arm.arm.family == self.family for arm in arms)
+        arms = [arm for arm in _of_family(results, self.experiment, self.family) if arm.arm.model == model]
+        return len(self.points) or sum(arm.label == self.label for arm in arms)
 
 
 @dataclass(frozen=True)
@@ -357,10 +357,16 @@ def _where(results: Results, arm: Found) -> str:
 def pick(results: Results, experiment: str, label: str, family: str, budget: float | None = None) -> list[Found]:
     """Arms of an experiment by label, family and budget, one for each model."""
     found: dict[str, Found] = {}
-    for each in results.arms(experiment):
-        if (each.label, each.arm.family) == (label, family) and budget in (None, each.arm.budget):
+    for each in _of_family(results, experiment, family):
+        if each.label == label and budget in (None, each.arm.budget):
             found.setdefault(each.arm.model, each)
     return list(found.values())
+
+
+def _of_family(results: Results, experiment: str, family: str) -> list[Found]:
+    """The arms of an experiment that are of a family, or of the one that stands in for it in the tier."""
+    families = (family, results.tier.stand_ins.get(family))
+    return [each for each in results.arms(experiment) if each.arm.family in families]
 
 
 def _of_same_model(first: Iterable[Found], second: Iterable[Found]) -> list[tuple[Found, Found]]:

@@ -140,7 +140,8 @@ class Results:
 
         declared = self.tier.seeds_of(experiment)
         found = []
-        for arm in arms(experiment, self.tier, [*declared, *self.further_seeds], base):
+        families = self.tier.families_of(experiment)
+        for arm in arms(experiment, self.tier, families, [*declared, *self.further_seeds], base):
             swept = {rate: record for rate, cell in zip(arm.rates, arm.sweep()) if (record := self.find(cell))}
             n_seeds = min(len(arm.seeds), len(declared))
             found.append(Found(arm, arm.chosen(self.find), swept, n_seeds))

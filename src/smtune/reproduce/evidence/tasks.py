@@ -14,7 +14,7 @@ from smtune.evaluation.statistics import holm
 from smtune.reproduce.cells import UNBUDGETED
 from smtune.reproduce.evidence.contrasts import Contrast, Design, contrast, design
 from smtune.reproduce.evidence.control import Control
-from smtune.reproduce.evidence.judges import Evidence, pick
+from smtune.reproduce.evidence.judges import Evidence
 from smtune.reproduce.evidence.records import Found, Results
 
 BUDGET = 0.0084
@@ -64,8 +64,7 @@ class Task:
     @cached_property
     def smt(self) -> Found | None:
         """SMT itself; None where it has not been run."""
-        found = [arm for arm in pick(self.results, COMPARED[0], "SMT", self.family) if arm.arm.model == self.model]
-        return found[0] if found and found[0].records else None
+        return self.arm(COMPARED[0], "SMT")
 
     @cached_property
     def drawn(self) -> Found | None:
