@@ -305,7 +305,7 @@ def better_section(tasks: Sequence[Task], links: Links) -> str:
         ("Blocks drawn or spread", "study-spread", "SMT"),
         ("Blocks drawn or spread, against LoRA", "study-spread", "LoRA on q, k, v"),
         ("Blocks drawn, against random ones", "study-spread", "random, all linear layers, 4²"),
-        ("All arms, against SMT with blocks drawn", *DRAWN["mini"]),
+        ("All arms, against SMT with blocks drawn", *DRAWN["mini"][0]),
         ("Warm-up, and blocks chosen anew", "study-warmup", "SMT"),
         ("Size of the blocks", "study-sizes", "blocks of 8²"),
         ("Length of the warm-up", "study-sizes", ""),

@@ -23,10 +23,10 @@ COMPARED = ("study-methods", "study-criteria", "table2")
 """The experiments whose arms at `BUDGET` are held against SMT."""
 
 DRAWN = {
-    "mini": ("study-methods", "SMT, sampled, all linear layers, blocks of 4²"),
-    "smollm2": ("study-short", "SMT, sampled, all linear layers, blocks of 32²"),
+    "mini": [("study-methods", "SMT, sampled, all linear layers, blocks of 4²")],
+    "smollm2": [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")],
 }
-"""SMT with its blocks drawn: by tier, its experiment and label."""
+"""SMT with its blocks drawn: by tier, experiments and labels, of which the first that a task has counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ class Task:
     @cached_property
     def drawn(self) -> Found | None:
         """SMT with its blocks drawn; None where it has not been run."""
-        place = DRAWN.get(self.results.tier.name)
-        return self.arm(*place) if place else None
+        places = DRAWN.get(self.results.tier.name, [])
+        return next((arm for place in places if (arm := self.arm(*place))), None)
 
     @cached_property
     def rivals(self) -> list[Found]:
