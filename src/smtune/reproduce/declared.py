@@ -37,6 +37,7 @@ STUDY_PARTS = [
         "forgetting",
         "better",
         "spread",
+        "fine",
     )
 ]
 """The parts of the study in their order: first that there is something to see."""

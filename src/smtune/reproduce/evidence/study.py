@@ -304,6 +304,7 @@ def better_section(tasks: Sequence[Task], links: Links) -> str:
         ("A better SMT, against LoRA", "study-better", "LoRA on q, k, v"),
         ("Blocks drawn or spread", "study-spread", "SMT"),
         ("Blocks drawn or spread, against LoRA", "study-spread", "LoRA on q, k, v"),
+        ("Small blocks drawn, against LoRA", "study-fine", "LoRA on q, k, v"),
         ("Blocks drawn, against random ones", "study-spread", "random, all linear layers, 4²"),
         ("All arms, against SMT with blocks drawn", *DRAWN["mini"][0]),
         ("Warm-up, and blocks chosen anew", "study-warmup", "SMT"),
