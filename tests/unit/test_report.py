@@ -14,6 +14,7 @@ from smtune.evaluation import accuracy
 from smtune.maps import layout
 from smtune.maps.picture import LAYERS_PER_BAND
 from smtune.report import accuracy_bars, block_map, loss_curve, plan_table, projection_shares
+from smtune.report.curves import curves
 from smtune.selection import ModulePlan
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}  # of 16² blocks: 16, 8, 8
@@ -164,6 +165,14 @@ def test_loss_curve_labels_runs(tmp_path):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(runs)
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines[1::2]}) == 9
     assert loss_curve([], tmp_path / "empty.png").axes[0].lines[0].get_xydata().size == 0
+
+
+@pytest.mark.parametrize("labels", [["full"], ["full", "LoRA"]])
+def test_every_curve_is_named(tmp_path, labels):
+    points = [(1e-4, accuracy(3, 10)), (1e-5, accuracy(1, 10))]
+    figure = curves({label: points for label in labels}, tmp_path / "c.png", x="rate", y="right", title="", log=True)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1e-05", "0.0001"]
 
 
 def test_accuracy_bars(tmp_path):

@@ -49,8 +49,7 @@ def curves(
         axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if len(series) > 1:
-        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     clean(axes)
     set_title(axes, title)
     return save(figure, Path(path))
