@@ -170,7 +170,7 @@ def test_loss_curve_labels_runs(tmp_path):
 @pytest.mark.parametrize("labels", [["full"], ["full", "LoRA"]])
 def test_every_curve_is_named(tmp_path, labels):
     points = [(1e-4, accuracy(3, 10)), (1e-5, accuracy(1, 10))]
-    figure = curves({label: points for label in labels}, tmp_path / "c.png", x="rate", y="right", title="", log=True)
+    figure = curves(dict.fromkeys(labels, points), tmp_path / "c.png", x="rate", y="right", title="", log=True)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1e-05", "0.0001"]
 
