@@ -196,3 +196,14 @@ def test_a_page_of_a_stand_in_says_so(tmp_path):
     for others in (Setting("mini"), Setting("smollm2", data="anywhere")):
         request = Request(["made"], others, seeds=[0])
         assert "in place of" not in page_of(made, request, store, tmp_path)
+
+
+def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):
+    pruned = {"seeds": 1, "learning_rates": {"default": [3e-3], "full": [1e-5]}}
+    made = experiment(row("SMT"), Row(label="LoRA", method="lora"), Row(label="full", method="full"), pruned=pruned)
+    request, store = Request(["made"], Setting("mini")), Store(tmp_path)
+    for arm in request.arms(made):
+        save(store, arm.sweep()[0], 200)
+    page = page_of(made, request, store, tmp_path)
+    assert "a pruned sweep: rates 0.003; of full 1e-05; 1 seeds." in page
+    assert "Rates of their own: SMT 0.001." in page

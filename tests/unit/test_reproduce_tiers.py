@@ -1,10 +1,10 @@
-"""What a tier makes of an experiment: the families and budgets it is run on, and what it leaves out."""
+"""What a tier makes of an experiment: the families it is run on, and what it leaves out."""
 
 from __future__ import annotations
 
 import pytest
 
-from smtune.reproduce.declared import Pruned, experiment_names, load_experiment, load_tier
+from smtune.reproduce.declared import Pruned, load_experiment, load_tier
 from smtune.reproduce.setting import Setting
 
 
@@ -43,26 +43,12 @@ def test_stand_ins_are_families(tier):
     assert {*declared.stand_ins, *declared.stand_ins.values()} <= set(declared.families)
 
 
-@pytest.mark.parametrize("name", experiment_names())
-def test_some_budget_is_left_of_every_row(name):
-    experiment = load_experiment(name)
-    for tier in map(load_tier, ("mini", "smollm2", "paper")):
-        for row in experiment.rows_at(tier.scale):
-            kept = tier.budgets(experiment, row)
-            assert kept
-            assert [budget for budget in row.budgets if budget in kept] == kept
-
-
-def test_three_budgets_of_table_3_in_the_slower_tier_and_of_the_figure_that_shows_it():
-    for name in ("table3", "figure3"):
-        experiment = load_experiment(name)
-        for row in experiment.rows_at("embedded"):
-            assert load_tier("smollm2").budgets(experiment, row) == [0.0043, 0.0084, 0.0491]
-            assert load_tier("mini").budgets(experiment, row) == row.budgets
+def test_a_figure_leaves_out_what_its_table_does():
+    table, figure = (load_tier("smollm2").pruned(load_experiment(name)) for name in ("table3", "figure3"))
+    assert table is not None
+    assert figure == table
 
 
 def test_what_is_pruned_says_so():
     rates = {"default": [3e-3], "full": [1e-5, 3e-5]}
     assert str(Pruned(seeds=3, learning_rates=rates)) == "rates 0.003; of full 1e-05, 3e-05; 3 seeds"
-    pruned = Pruned(seeds=1, learning_rates=rates, budgets=[0.0043, 27])
-    assert str(pruned) == "rates 0.003; of full 1e-05, 3e-05; 1 seeds; budgets 0.43 %, 27 blocks"

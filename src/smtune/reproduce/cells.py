@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from smtune.reproduce.declared import Experiment, Row, Tier, budget_text
+from smtune.reproduce.declared import Experiment, Row, Tier
 
 Record = dict[str, Any]
 WHOLE = ("full", "dense-v", "dense-qkv")
@@ -108,6 +108,11 @@ def _validated(record: Record) -> tuple[float, float]:
     return (accuracy, -loss) if loss is not None else (-1.0, 0.0)
 
 
+def budget_text(budget: float | int) -> str:
+    """A number of blocks, or percent of the parameters."""
+    return f"{budget} blocks" if isinstance(budget, int) else f"{100 * budget:.3g} %"
+
+
 def arms(
     experiment: Experiment,
     tier: Tier,
@@ -129,7 +134,7 @@ def arms(
             for row in experiment.rows_at(tier.scale):
                 if row.models is not None and model not in row.models:
                     continue
-                for budget in [1.0] if row.method in UNBUDGETED else tier.budgets(experiment, row):
+                for budget in [1.0] if row.method in UNBUDGETED else row.budgets:
                     other = row.then or row.scored_on
                     further = base(model, other).get("data") if other is not None else None
                     varies = experiment.layout == "overlap" or (experiment.kind == "train" and row.method != "base")

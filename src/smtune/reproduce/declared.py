@@ -66,11 +66,6 @@ Budget = Annotated[float, Field(gt=0.0, le=1.0)] | Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-def budget_text(budget: float | int) -> str:
-    """A number of blocks, or percent of the parameters."""
-    return f"{budget} blocks" if isinstance(budget, int) else f"{100 * budget:.3g} %"
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -127,28 +122,23 @@ class Published(_Section):
 
 
 class Pruned(_Section):
-    """Fewer seeds, learning rates or budgets than the tier's, since other experiments have shown where to look.
+    """Fewer seeds and learning rates than the tier's, since other experiments have shown where to look.
 
     Attributes:
         seeds: the first so many of the tier's.
         learning_rates: of rows that name none of their own, by method; "default" for the others.
-        budgets: those that are kept. None: all.
         tiers: where it is so; elsewhere all of the tier's are run.
     """
 
     seeds: Count
     learning_rates: dict[str, list[float]]
-    budgets: list[Budget] | None = None
     tiers: list[str] = ["mini", "smollm2"]
 
     def __str__(self) -> str:
         """As "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
         by_method = {method: ", ".join(f"{rate:g}" for rate in rates) for method, rates in self.learning_rates.items()}
         others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
-        texts = [f"rates {by_method['default']}", *others, f"{self.seeds} seeds"]
-        if self.budgets is not None:
-            texts.append(f"budgets {', '.join(budget_text(budget) for budget in self.budgets)}")
-        return "; ".join(texts)
+        return f"rates {'; '.join([by_method['default'], *others])}; {self.seeds} seeds"
 
 
 class Experiment(_Section):
@@ -321,11 +311,6 @@ class Tier(_Section):
     def others(self, families: Sequence[str]) -> list[str]:
         """The families but these and stand-ins: what else may be forgotten."""
         return [family for family in self.families if family not in (*families, *self.stand_ins.values())]
-
-    def budgets(self, experiment: Experiment, row: Row) -> list[Budget]:
-        """The budgets of a row that the tier runs."""
-        pruned = self.pruned(experiment)
-        return [one for one in row.budgets if pruned is None or pruned.budgets is None or one in pruned.budgets]
 
     def seeds_of(self, experiment: Experiment) -> list[int]:
         """The seeds that an experiment runs with if it is not told which."""

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from smtune.errors import InputError
 from smtune.reproduce import memory
-from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms
-from smtune.reproduce.declared import Size, budget_text, load_experiment
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
+from smtune.reproduce.declared import Size, load_experiment
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
 from smtune.reproduce.train import count_steps

@@ -22,8 +22,8 @@ from smtune.report import block_map, projection_shares
 from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
 from smtune.report.forest import dots
-from smtune.reproduce.cells import UNBUDGETED, Arm, Record
-from smtune.reproduce.declared import Experiment, Row, budget_text
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record, budget_text
+from smtune.reproduce.declared import Experiment, Row
 from smtune.reproduce.numbers import DASH, p_text, points
 from smtune.reproduce.run import Request
 from smtune.reproduce.store import Store
@@ -144,6 +144,12 @@ def _how(result: Result) -> str:
         "whole interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on "
         "held-out text of another kind."
     )
+    if pruned:
+        swept = {
+            arm.row.label: ", ".join(f"{rate:g}" for rate in arm.rates) for arm in result.arms if arm.row.learning_rates
+        }
+        if swept:
+            text += f" Rates of their own: {'; '.join(f'{label} {rates}' for label, rates in swept.items())}."
     own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
     if own:
         text += f" Steps of their own: {', '.join(own)}."

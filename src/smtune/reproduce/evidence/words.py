@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from smtune.reproduce.cells import UNBUDGETED, Record
-from smtune.reproduce.declared import budget_text
+from smtune.reproduce.cells import UNBUDGETED, Record, budget_text
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.numbers import DASH
 from smtune.reproduce.run import CELLS
