@@ -174,7 +174,10 @@ def test_the_interval_of_a_difference_covers_the_truth():
     ],
 )
 def test_verdict(low, high, expected):
-    assert verdict(Estimate((low + high) / 2, low, high)) == expected
+    difference = Estimate((low + high) / 2, low, high)
+    assert verdict(difference) == verdict(difference, 0.049) == expected
+    # A test that does not tell them apart leaves it open, whatever the interval; a tie needs no test.
+    assert verdict(difference, 0.05) == (expected if expected == "tie" else "undecided")
 
 
 @pytest.mark.parametrize(("value", "half", "p"), [(0.0, 0.1, 1.0), (0.1, 0.1, 0.05), (-0.2, 0.1, 8.86e-5)])

@@ -221,6 +221,18 @@ def test_wins_ties_losses_and_what_is_undecided(made):
     assert "**0.1: 90 (1.000)**" in row(everything, "rsLoRA")[1]
 
 
+def test_an_interval_beyond_zero_is_not_enough_where_the_exact_test_asks_for_more(made):
+    made.control()
+    made.arm("study-methods", "SMT", 105, seeds=1)
+    made.arm("study-methods", "DoRA", 100, seeds=1)
+    text = made.text()
+    shown = row(part(text, "## Wins, ties and losses"), "DoRA")
+    assert re.match(r"\+2\.5 \(\+0\.\d to \+4\.\d\)", shown[2])
+    assert (shown[3], shown[5]) == ("0.062", "*undecided*")
+    claim = row(part(text, "## The paper's claims"), "SMT surpasses DoRA of as many parameters on arithmetic")
+    assert claim[5] == "*undecided*"
+
+
 def test_fewer_seeds_and_rates_are_said(made):
     made.control()
     made.arm("study-methods", "SMT", 100, seeds=1)

@@ -120,6 +120,9 @@ TIE = 0.02
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's quantiles of a two-sided 95 % interval for 1 to 9 degrees of freedom."""
 
+SIGNIFICANT = 0.05
+"""A p-value below this one is told."""
+
 Verdict = Literal["better", "worse", "tie", "undecided"]
 
 
@@ -210,13 +213,14 @@ def p_value_of(difference: Estimate) -> float:
     return math.erfc(abs(value) / half * Z_95 / math.sqrt(2)) if half else float(value == 0)
 
 
-def verdict(difference: Estimate) -> Verdict:
-    """What may be said: "tie" needs the whole interval within `TIE`, "better" and "worse" all of it beyond zero."""
+def verdict(difference: Estimate, p_value: float = 0.0) -> Verdict:
+    """What may be said: "tie" needs the whole interval within `TIE`; "better" and "worse" all of it beyond zero and,
+    where there is a test, its p-value below `SIGNIFICANT`: an exact test asks for more than a score interval."""
     if difference.low >= -TIE and difference.high <= TIE:
         return "tie"
-    if difference.low > 0:
-        return "better"
-    return "worse" if difference.high < 0 else "undecided"
+    if p_value >= SIGNIFICANT or difference.low <= 0 <= difference.high:
+        return "undecided"
+    return "better" if difference.low > 0 else "worse"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

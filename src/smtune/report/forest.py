@@ -13,19 +13,24 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from smtune.evaluation.statistics import TIE, Estimate, verdict
+from smtune.evaluation.statistics import TIE, Estimate, Verdict
 from smtune.maps.picture import COLOURS, FAINT, GREY, INK, clean, new_figure, save, set_title
 
 OF_VERDICT = {"better": COLOURS[2], "worse": COLOURS[1], "tie": COLOURS[0], "undecided": GREY}
 
 
 def forest(
-    differences: Mapping[str, Estimate], path: str | os.PathLike, *, x: str, title: str, subtitle: str = ""
+    differences: Mapping[str, tuple[Estimate, Verdict]],
+    path: str | os.PathLike,
+    *,
+    x: str,
+    title: str,
+    subtitle: str = "",
 ) -> Figure:
     """A forest plot: a dot with its 95 % interval for each difference, over the band of a tie.
 
     Args:
-        differences: by label, from the top; differences of accuracies, as fractions.
+        differences: by label, from the top; differences of accuracies, as fractions, with what may be said of them.
         path: of the file to write.
         x: what they are.
         title, subtitle: above the figure.
@@ -34,10 +39,10 @@ def forest(
     axes = figure.subplots()
     axes.axvspan(-100 * TIE, 100 * TIE, color=FAINT, alpha=0.6, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.8)
-    for place, estimate in enumerate(differences.values()):
+    for place, (estimate, word) in enumerate(differences.values()):
         value = 100 * estimate.value
         reach = [[value - 100 * estimate.low], [100 * estimate.high - value]]
-        colour = OF_VERDICT[verdict(estimate)]
+        colour = OF_VERDICT[word]
         axes.errorbar([value], [place], xerr=reach, fmt="o", color=colour, markersize=5, elinewidth=1.4, capsize=2.5)
     axes.set_xlabel(x)
     for word, colour in OF_VERDICT.items():

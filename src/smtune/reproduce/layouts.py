@@ -141,8 +141,8 @@ def _how(result: Result) -> str:
         "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
         f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
         f"{sweep}. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
-        "whole interval lies within ±2 points, *undecided* where it holds zero and more. *other text*: loss on "
-        "held-out text of another kind."
+        "whole interval lies within ±2 points, *undecided* where it holds zero and more or p is 0.05 and more. "
+        "*other text*: loss on held-out text of another kind."
     )
     if pruned:
         swept = {
@@ -481,7 +481,7 @@ def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
     if not others or others[0][0] is arm:
         return DASH
     total, p_value = difference(records, others[0][1])
-    return f"{points(total)}, {p_text(p_value)}, *{verdict(total)}*"
+    return f"{points(total)}, {p_text(p_value)}, *{verdict(total, p_value)}*"
 
 
 def _is_variant(arm: Arm) -> bool:

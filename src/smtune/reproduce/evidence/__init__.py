@@ -74,7 +74,7 @@ def _draw(found: Sequence[Task], folder: Path) -> dict[str, Path]:
         if task.contrasts:
             path = drawn[f"differences {task.slug}"] = folder / f"differences-{task.slug}.png"
             forest(
-                {one.second.label: one.difference for one in task.contrasts},
+                {one.second.label: (one.difference, one.verdict) for one in task.contrasts},
                 path,
                 x="SMT less it, points of accuracy, with 95 % intervals; shaded: a tie",
                 title=f"SMT at 0.84 % less each arm: {task.name}",
@@ -98,9 +98,10 @@ def _page(evidence: Evidence, found: Sequence[Task], links: Links, pictures: dic
     text = """This page is written by `smtune reproduce evidence` from the cells' files alone; no number and no verdict
     is typed in. A link of six characters is a cell: its configuration, environment, metrics and every answered item."""
     claims_text = """Every claim with how it is tested here. *holds*, *does not hold*: the whole interval is on its
-    side, or on the other; where the paper prints 2 points or more, or no figure, a tie (all of it within ±2) does not
-    hold. A claim to be as good *holds* where the whole interval lies above −2 points. *undecided*: neither. Models here
-    are far smaller than the paper's: what does not hold here may hold there, and the other way round."""
+    side, or on the other, and p, where there is one, below 0.05; where the paper prints 2 points or more, or no figure,
+    a tie (all of it within ±2) does not hold. A claim to be as good *holds* where the whole interval lies above −2
+    points. *undecided*: neither. Models here are far smaller than the paper's: what does not hold here may hold there,
+    and the other way round."""
     if evidence.benchmarks is not None:
         claims_text += f" Claims about time are judged from the records of `smtune bench`, {links.bench}."
     doubts_text = """What reviewers and later papers say, put as claims."""

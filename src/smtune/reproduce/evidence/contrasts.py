@@ -41,7 +41,7 @@ class Contrast:
 
     @property
     def verdict(self) -> Verdict:
-        return verdict(self.difference)
+        return verdict(self.difference, self.p_value)
 
     @property
     def records(self) -> list[Record]:

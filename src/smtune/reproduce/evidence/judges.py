@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smtune.evaluation.statistics import TIE, Estimate, mean_over_seeds
+from smtune.evaluation.statistics import SIGNIFICANT, TIE, Estimate, mean_over_seeds
 from smtune.maps.layout import Projection, projections
 from smtune.report.benchmarks import claims as cost_claims
 from smtune.report.benchmarks.targets import ABSENT, OPEN
@@ -105,7 +105,7 @@ class Better(OfExperiment):
                 effect = f"{numbers.points(found.difference)}, {numbers.p_text(found.p_value)}"
                 arms = [first, other]
                 shown = found.difference
-                verdict = _as_good(shown) if self.as_good else _above_zero(shown, self.claimed)
+                verdict = _as_good(shown) if self.as_good else _above_zero(shown, self.claimed, found.p_value)
                 if self.gap_from is not None:
                     for third, _ in _of_same_model(pick(results, *self.gap_from, self.family), [other]):
                         if third.records:
@@ -318,12 +318,13 @@ Test = Better | Trend | Places | Counted | Timed
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 
-def _above_zero(difference: Estimate, claimed: float) -> str:
+def _above_zero(difference: Estimate, claimed: float, p_value: float = 0.0) -> str:
     """Of a claim that a difference is above zero; a tie refutes one that is said to be as large as a tie's margin."""
+    is_shown = p_value < SIGNIFICANT
     is_tie = claimed >= TIE and difference.low >= -TIE and difference.high <= TIE
-    if difference.high < 0 or is_tie:
+    if is_tie or (is_shown and difference.high < 0):
         return DOES_NOT
-    return HOLDS if difference.low > 0 else UNDECIDED
+    return HOLDS if is_shown and difference.low > 0 else UNDECIDED
 
 
 def _as_good(difference: Estimate) -> str:

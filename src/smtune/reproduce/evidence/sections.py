@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from smtune.evaluation.statistics import TIE, Z_80, Z_95, Estimate
+from smtune.evaluation.statistics import SIGNIFICANT, TIE, Z_80, Z_95, Estimate
 from smtune.report.benchmarks.markdown import prose, section, table
 from smtune.reproduce import numbers
 from smtune.reproduce.evidence import words
@@ -181,10 +181,10 @@ def wins_section(tasks: Sequence[Task], links: Links, pictures: dict[str, str]) 
     """SMT less every other arm, a table for each task."""
     text = f"""SMT at 0.84 % of the parameters, blocks of q, k and v by abs_of_sum, less every other arm: accuracy in
     points, mean over seeds, 95 % interval over items (paired) and seeds. Each arm is at its own best learning rate by
-    held-out training rows. *wins*, *loses*: the whole interval is on one side of zero. *ties*: all of it lies within
-    ±{100 * TIE:.0f} points. *undecided*: neither. p (Holm): adjusted for all comparisons of a table. Of an arm with one
-    seed the interval knows the items alone, and is too narrow. Ranks are whole numbers, so LoRA's kin train somewhat
-    more or less than SMT: *trained*."""
+    held-out training rows. *wins*, *loses*: the whole interval is on one side of zero, and p below {SIGNIFICANT}.
+    *ties*: all of it lies within ±{100 * TIE:.0f} points. *undecided*: neither. p (Holm): adjusted for all
+    comparisons of a table. Of an arm with one seed the interval knows the items alone, and is too narrow. Ranks are
+    whole numbers, so LoRA's kin train somewhat more or less than SMT: *trained*."""
     parts = []
     for task in tasks:
         if task.smt is None:

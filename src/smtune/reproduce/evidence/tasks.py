@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from smtune.evaluation.statistics import holm
+from smtune.evaluation.statistics import SIGNIFICANT, holm
 from smtune.reproduce.cells import UNBUDGETED
 from smtune.reproduce.evidence.contrasts import Contrast, Design, contrast, design
 from smtune.reproduce.evidence.control import Control
@@ -18,7 +18,6 @@ from smtune.reproduce.evidence.judges import Evidence
 from smtune.reproduce.evidence.records import Found, Results
 
 BUDGET = 0.0084
-SIGNIFICANT = 0.05
 COMPARED = ("study-methods", "study-criteria", "table2")
 """The experiments whose arms at `BUDGET` are held against SMT."""
 
