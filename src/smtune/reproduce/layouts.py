@@ -145,11 +145,13 @@ def _how(result: Result) -> str:
         "*other text*: loss on held-out text of another kind."
     )
     if pruned:
-        swept = {
-            arm.row.label: ", ".join(f"{rate:g}" for rate in arm.rates) for arm in result.arms if arm.row.learning_rates
-        }
+        swept = [
+            f"{_name(arm, result)} {', '.join(f'{rate:g}' for rate in arm.rates)}"
+            for arm in result.arms
+            if arm.row.learning_rates
+        ]
         if swept:
-            text += f" Rates of their own: {'; '.join(f'{label} {rates}' for label, rates in swept.items())}."
+            text += f" Rates of their own: {'; '.join(dict.fromkeys(swept))}."
     own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
     if own:
         text += f" Steps of their own: {', '.join(own)}."
@@ -441,6 +443,7 @@ def _name(arm: Arm, result: Result) -> str:
     parts = [arm.row.label]
     parts += [arm.model] * (len({each.model for each in same}) > 1)
     parts += [arm.family] * (len({each.family for each in same}) > 1)
+    parts += [budget_text(arm.budget)] * (len({each.budget for each in same}) > 1)
     return ", ".join(parts)
 
 
