@@ -121,6 +121,11 @@ class Published(_Section):
     rows: list[list[str | float | int]]
 
 
+def rates_text(rates: Sequence[float]) -> str:
+    """As "0.003, 0.01"."""
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
 class Pruned(_Section):
     """Fewer seeds and learning rates than the tier's, since other experiments have shown where to look.
 
@@ -136,7 +141,7 @@ class Pruned(_Section):
 
     def __str__(self) -> str:
         """As "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
-        by_method = {method: ", ".join(f"{rate:g}" for rate in rates) for method, rates in self.learning_rates.items()}
+        by_method = {method: rates_text(rates) for method, rates in self.learning_rates.items()}
         others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
         return f"rates {'; '.join([by_method['default'], *others])}; {self.seeds} seeds"
 
@@ -317,19 +322,18 @@ class Tier(_Section):
         pruned = self.pruned(experiment)
         return self.seeds[: pruned.seeds] if pruned else self.seeds
 
-    def families_of(self, experiment: Experiment, has_folder: bool = False) -> list[str]:
-        """The families of an experiment that the tier has; of what is trained, stand-ins for those that it names
-        without them.
+    def tasks(self, has_folder: bool) -> dict[str, Family]:
+        """The families, where a folder of data is given or where there is none."""
+        return self.folder if has_folder and self.folder else self.families
 
-        Args:
-            has_folder: whether a folder of data is given.
-        """
-        if has_folder and self.folder:
-            return [family for family in experiment.families if family in self.folder]
-        families = [family for family in experiment.families if family in self.families]
+    def families_of(self, experiment: Experiment, has_folder: bool) -> list[str]:
+        """The families of an experiment that there are; of what is trained, stand-ins for those that it names without
+        them."""
+        tasks = self.tasks(has_folder)
+        families = [family for family in experiment.families if family in tasks]
         if experiment.kind != "train":
             return families
-        stand_ins = {family: other for family, other in self.stand_ins.items() if other not in families}
+        stand_ins = {one: other for one, other in self.stand_ins.items() if other in tasks and other not in families}
         return [stand_ins.get(family, family) for family in families]
 
     def pruned(self, experiment: Experiment) -> Pruned | None:

@@ -23,7 +23,7 @@ from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
 from smtune.report.forest import dots
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, budget_text
-from smtune.reproduce.declared import Experiment, Row
+from smtune.reproduce.declared import Experiment, Row, rates_text
 from smtune.reproduce.numbers import DASH, p_text, points
 from smtune.reproduce.run import Request
 from smtune.reproduce.store import Store
@@ -145,11 +145,7 @@ def _how(result: Result) -> str:
         "*other text*: loss on held-out text of another kind."
     )
     if pruned:
-        swept = [
-            f"{_name(arm, result)} {', '.join(f'{rate:g}' for rate in arm.rates)}"
-            for arm in result.arms
-            if arm.row.learning_rates
-        ]
+        swept = [f"{_name(arm, result)} {rates_text(arm.rates)}" for arm in result.arms if arm.row.learning_rates]
         if swept:
             text += f" Rates of their own: {'; '.join(dict.fromkeys(swept))}."
     own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]

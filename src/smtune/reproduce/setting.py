@@ -175,9 +175,7 @@ def load_data(setting: Setting, family: str) -> Data:
 
 
 def _family(setting: Setting, family: str) -> Family:
-    tier = setting.declared
-    declared = tier.folder if setting.data is not None and tier.folder else tier.families
-    return declared[family]
+    return setting.declared.tasks(setting.data is not None)[family]
 
 
 def _rows(setting: Setting, source: str) -> list[Record]:

@@ -140,7 +140,7 @@ class Results:
 
         declared = self.tier.seeds_of(experiment)
         found = []
-        families = self.tier.families_of(experiment)
+        families = self._setting.families(experiment)
         for arm in arms(experiment, self.tier, families, [*declared, *self.further_seeds], base):
             swept = {rate: record for rate, cell in zip(arm.rates, arm.sweep()) if (record := self.find(cell))}
             n_seeds = min(len(arm.seeds), len(declared))
