@@ -269,12 +269,14 @@ def test_the_paper_scale_names_the_data_it_needs(capsys, tmp_path):
     [
         (["tabel2"], 'Did you mean "table2"?'),
         (["--scale", "papers"], 'Did you mean "paper"?'),
-        (["--tier", "paper"], "mini, smollm2"),
+        (["--tier", "paper"], "mini, smollm2, real"),
         (["--seeds", "one"], "whole numbers"),
         (["--data", "nowhere"], "folder"),
         (["--resume", "--output", "nowhere"], "leave out --resume"),
         (["evidence", "--output", "nowhere"], "nowhere has none"),
-        (["table5", "--tier", "smollm2", "--data", ".", "--dry-run"], "train/mawps.jsonl"),
+        (["table5", "--tier", "smollm2", "--data", "."], "real, paper"),
+        (["table5", "--tier", "real", "--data", ".", "--dry-run"], "train/mawps.jsonl"),
+        (["table5", "--tier", "real"], "--data with a folder that holds train/mawps.jsonl"),
     ],
 )
 def test_what_is_refused(arguments, message, capsys):

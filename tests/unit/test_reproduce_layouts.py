@@ -179,7 +179,7 @@ def test_data_of_a_folder(tmp_path, monkeypatch):
             tested[3] = {**rows[3], "instruction": rows[3]["instruction"].upper()}
         (tmp_path / f"test/{task}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in tested))
     monkeypatch.setattr(setting_module.mini, "is_held_out", lambda text: True)
-    data = load_data(Setting("smollm2", data=str(tmp_path)), "math")
+    data = load_data(Setting("real", data=str(tmp_path)), "math")
     assert len(data.train) + len(data.validation) == 40
     assert len(data.validation) == 8  # a fifth, fewer than the tier asks for
     assert data.overlap == {"SingleEq": 0, "SVAMP": 0, "MultiArith": 0, "AddSub": 1}
@@ -193,9 +193,8 @@ def test_a_page_of_a_stand_in_says_so(tmp_path):
     request, store = Request(["made"], Setting("smollm2"), seeds=[0]), Store(tmp_path)
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     assert "Trained and tested on *comparison* in place of *choice*" in page_of(made, request, store, tmp_path)
-    for others in (Setting("mini"), Setting("smollm2", data="anywhere")):
-        request = Request(["made"], others, seeds=[0])
-        assert "in place of" not in page_of(made, request, store, tmp_path)
+    request = Request(["made"], Setting("mini"), seeds=[0])
+    assert "in place of" not in page_of(made, request, store, tmp_path)
 
 
 def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smtune.reproduce.declared import Pruned, load_experiment, load_tier
+from smtune.reproduce.declared import SCALES, Pruned, load_experiment, load_tier
 from smtune.reproduce.setting import Setting
 
 
@@ -16,6 +16,8 @@ from smtune.reproduce.setting import Setting
         ("smollm2", "table2", ["comparison"]),
         ("smollm2", "table5", ["math"]),
         ("smollm2", "figure4", ["choice"]),  # nothing is trained
+        ("real", "table2", ["choice"]),
+        ("real", "study-control", ["math", "choice"]),
         ("smollm2", "study-control", ["math", "choice", "comparison"]),
         ("mini", "study-control", ["math", "choice"]),
     ],
@@ -24,10 +26,9 @@ def test_a_stand_in_is_trained_where_the_experiment_does_not_name_both(tier, exp
     assert Setting(tier).families(load_experiment(experiment)) == families
 
 
-def test_with_a_folder_of_data_nothing_stands_in():
-    assert Setting("smollm2", data="anywhere").families(load_experiment("table2")) == ["choice"]
-    assert Setting("smollm2", data="anywhere").families(load_experiment("study-control")) == ["math", "choice"]
-    assert Setting("mini", data="anywhere").families(load_experiment("table2")) == ["choice"]  # it has no folder
+def test_which_tiers_a_folder_of_data_is_of_any_use_to():
+    tiers = [name for names in SCALES.values() for name in names]
+    assert [name for name in tiers if load_tier(name).takes_folder] == ["real", "paper"]
 
 
 def test_what_else_is_forgotten_is_asked_of_no_stand_in():
@@ -35,9 +36,10 @@ def test_what_else_is_forgotten_is_asked_of_no_stand_in():
     assert tier.others(["math"]) == ["choice"]
     assert tier.others(["comparison"]) == ["choice", "math"]
     assert load_tier("mini").others(["math", "choice"]) == []
+    assert load_tier("real").others(["math"]) == []  # the folder may have nothing else
 
 
-@pytest.mark.parametrize("tier", ["mini", "smollm2", "paper"])
+@pytest.mark.parametrize("tier", ["mini", "smollm2", "real", "paper"])
 def test_stand_ins_are_families(tier):
     declared = load_tier(tier)
     assert {*declared.stand_ins, *declared.stand_ins.values()} <= set(declared.families)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from smtune.errors import InputError
+
+LOG_SECONDS = 60.0
+"""Between two lines on what is going on, where the output is no terminal."""
 
 
 def bench(
@@ -100,15 +105,29 @@ def _warn_if_busy(console: Console) -> None:
         )
 
 
+def at_most_every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
+    """`tell`, which now hears a text only where the last it heard is `seconds` old; the first at once."""
+    heard = -math.inf
+
+    def say(text: str) -> None:
+        nonlocal heard
+        now = time.monotonic()
+        if now - heard >= seconds:
+            heard = now
+            tell(text)
+
+    return say
+
+
 @contextmanager
 def _progress(console: Console) -> Iterator[dict[str, Any]]:
-    """`say` shows what is going on in one line that changes, where there is a terminal; `tell` adds a line."""
+    """`say` shows what is going on in one line that changes, in a log by a line a minute; `tell` adds a line."""
 
     def tell(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     if not console.is_terminal:
-        yield {"tell": tell}
+        yield {"say": at_most_every(LOG_SECONDS, tell), "tell": tell}
         return
     with console.status("Starting") as status:
         yield {"say": lambda text: status.update(escape(text)), "tell": tell}

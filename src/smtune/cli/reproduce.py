@@ -33,7 +33,7 @@ def reproduce(
         ),
     ] = None,
     scale: Annotated[str, typer.Option(help="embedded, or paper: the paper's models and data.")] = "embedded",
-    tier: Annotated[str | None, typer.Option(help="Of the embedded scale: mini or smollm2.")] = None,
+    tier: Annotated[str | None, typer.Option(help="Of the embedded scale: mini, smollm2, or real, which wants --data.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the experiments, and what there is of them.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve every cell; estimate memory, time and disk.")
@@ -116,11 +116,15 @@ def _request(
     seeds: str | None,
     cells: int | None,
 ) -> Request:
+    from smtune.reproduce.declared import SCALES, load_tier
     from smtune.reproduce.run import Request
     from smtune.reproduce.setting import Setting
 
     if data is not None and not data.is_dir():
         raise InputError(f"Expected --data to be a folder. There is none at {data}.")
+    if data is not None and not load_tier(tier).takes_folder:
+        takers = [name for tiers in SCALES.values() for name in tiers if load_tier(name).takes_folder]
+        raise InputError(f"Expected --data with a tier among {', '.join(takers)}. {tier} has its own: leave it out.")
     words = None if seeds is None else [word.strip() for word in seeds.split(",") if word.strip()]
     if words is not None and (not words or not all(word.isdecimal() for word in words)):
         raise InputError(f"Expected --seeds with whole numbers, such as 0,1,2. Got {seeds!r}.")

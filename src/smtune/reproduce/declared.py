@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from smtune.errors import InputError, did_you_mean
 
 HERE = Path(__file__).parent
-SCALES = {"embedded": ("mini", "smollm2"), "paper": ("paper",)}
+SCALES = {"embedded": ("mini", "smollm2", "real"), "paper": ("paper",)}
 """The tiers of each scale, the default first."""
 
 STUDY = "study"
@@ -279,9 +279,10 @@ class Tier(_Section):
         models: by the name that rows use.
         block_size, dtype: of SMT, and of the frozen weights.
         learning_rates: by method; "default" for the others.
-        families: the tasks. folder: the same where a folder of data is given, with paths inside it.
-        stand_ins: by family, another that experiments train on instead where no folder of data is given: one that the
-            tier's models can learn in its steps.
+        families: the tasks; sources that end in .json or .jsonl are in a folder of data. folder: the same where such a
+            folder is given, if not all is in it anyway.
+        stand_ins: by family, another that experiments train on instead: one that the tier's models can learn in its
+            steps.
         tests_folder: of the test files inside that folder.
         flops_per_second: what the dry run assumes of a device.
     """
@@ -314,8 +315,10 @@ class Tier(_Section):
         return row.learning_rates or by_method.get(row.method) or by_method["default"]
 
     def others(self, families: Sequence[str]) -> list[str]:
-        """The families but these and stand-ins: what else may be forgotten."""
-        return [family for family in self.families if family not in (*families, *self.stand_ins.values())]
+        """The families but these and stand-ins, and but those of a folder, which may lack them: what else may be
+        forgotten."""
+        there = [name for name, family in self.families.items() if not any(map(is_file, family.train))]
+        return [name for name in there if name not in (*families, *self.stand_ins.values())]
 
     def seeds_of(self, experiment: Experiment) -> list[int]:
         """The seeds that an experiment runs with if it is not told which."""
@@ -326,14 +329,19 @@ class Tier(_Section):
         """The families, where a folder of data is given or where there is none."""
         return self.folder if has_folder and self.folder else self.families
 
-    def families_of(self, experiment: Experiment, has_folder: bool) -> list[str]:
+    @property
+    def takes_folder(self) -> bool:
+        """Whether a folder of data is of any use."""
+        sources = [source for family in self.families.values() for source in family.train]
+        return bool(self.folder) or any(map(is_file, sources))
+
+    def families_of(self, experiment: Experiment) -> list[str]:
         """The families of an experiment that there are; of what is trained, stand-ins for those that it names without
         them."""
-        tasks = self.tasks(has_folder)
-        families = [family for family in experiment.families if family in tasks]
+        families = [family for family in experiment.families if family in self.families]
         if experiment.kind != "train":
             return families
-        stand_ins = {one: other for one, other in self.stand_ins.items() if other in tasks and other not in families}
+        stand_ins = {one: other for one, other in self.stand_ins.items() if other not in families}
         return [stand_ins.get(family, family) for family in families]
 
     def pruned(self, experiment: Experiment) -> Pruned | None:
@@ -341,6 +349,11 @@ class Tier(_Section):
         if experiment.cells_of is not None:
             return self.pruned(load_experiment(experiment.cells_of))
         return experiment.pruned if experiment.pruned and self.name in experiment.pruned.tiers else None
+
+
+def is_file(source: str) -> bool:
+    """Whether a source of rows is a file of a folder of data."""
+    return source.endswith((".json", ".jsonl"))
 
 
 def experiment_names() -> list[str]:

@@ -20,7 +20,7 @@ from smtune.evaluation import TASKS, Item, Task, load_items, resolve_tasks
 from smtune.models import fingerprint
 from smtune.reproduce import mini
 from smtune.reproduce.cells import Record
-from smtune.reproduce.declared import Experiment, Family, Tier, load_tier
+from smtune.reproduce.declared import Experiment, Family, Tier, is_file, load_tier
 
 OTHER_TEXT_ROWS = 64
 PROCEDURAL = {"arithmetic": arithmetic, "comparison": comparison}
@@ -52,7 +52,7 @@ class Setting:
 
     def families(self, experiment: Experiment) -> list[str]:
         """The families that an experiment is run on."""
-        return self.declared.families_of(experiment, self.data is not None)
+        return self.declared.families_of(experiment)
 
     @property
     def recipe(self) -> Record:
@@ -180,15 +180,14 @@ def _family(setting: Setting, family: str) -> Family:
 
 def _rows(setting: Setting, source: str) -> list[Record]:
     """The rows of a source; one in a folder is of the task that its file is named after, where there is one."""
-    is_file = source.endswith((".json", ".jsonl"))
-    if is_file and setting.data is None:
+    if is_file(source) and setting.data is None:
         raise InputError(
             f"Expected --data with a folder that holds {source}. Got none: `git clone "
-            "https://github.com/AGI-Edgerunners/LLM-Adapters` has the paper's data."
+            "https://github.com/AGI-Edgerunners/LLM-Adapters` has the paper's data, in the format that is read."
         )
-    rows = read_rows(Path(setting.data or "") / source if is_file else source)
+    rows = read_rows(Path(setting.data or "") / source if is_file(source) else source)
     stem = Path(source).stem
-    return [{"task": stem, **row} if is_file and stem in TASKS else dict(row) for row in rows]
+    return [{"task": stem, **row} if is_file(source) and stem in TASKS else dict(row) for row in rows]
 
 
 def _items(task: Task, folder: Path | None, limit: int | None) -> list[Item]:
