@@ -13,6 +13,7 @@ from smtune.bench import suites
 from smtune.bench.machine import describe
 from smtune.bench.results import Results
 from smtune.bench.run import How, run_series
+from smtune.cli.bench import at_most_every
 
 ARM_FIELDS = """kind suite load model dtype batch tokens layers arm label block_size blocks_per_layer blocks
     fraction_of_7b
@@ -119,3 +120,11 @@ def test_smollm2_is_a_subject():
     assert subject.inputs(model, 512)["input_ids"].shape == (4, 128)
     assert model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_log_hears_what_goes_on_once_in_a_while():
+    clock, heard = iter([100.0, 101.0, 159.9, 160.0, 161.0, 400.0]), []
+    say = at_most_every(60.0, heard.append, lambda: next(clock))
+    for number in range(6):
+        say(str(number))
+    assert heard == ["0", "3", "5"]

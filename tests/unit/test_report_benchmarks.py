@@ -571,6 +571,13 @@ def test_scoring_target(score, verdict):
     assert list(verdicts({"records": [record]}, "one warm-up batch").values()) == [verdict]
 
 
+def test_a_target_within_the_interval_is_said_so():
+    record = {"kind": "scoring", "suite": "s", "criterion": "net", "accumulator": "float32"}
+    record["rounds"] = [{"floor": 1.0, "dense": 1.0, "score": score} for score in (0.9, 0.95, 1.0, 1.2, 1.3)]
+    (row,) = [row for row in targets({"records": [record]}) if "one warm-up batch" in row.what]
+    assert (row.verdict, "the interval reaches over the target" in row.measured) == (HOLDS, True)
+
+
 def test_kernels_of_16_bits_are_held_to_half_the_dense_rate(results):
     what = "block gradient in bfloat16"
     assert verdicts(results, what) == {"kernel records": HOLDS}

@@ -105,13 +105,15 @@ def _warn_if_busy(console: Console) -> None:
         )
 
 
-def at_most_every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
+def at_most_every(
+    seconds: float, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[str], None]:
     """`tell`, which now hears a text only where the last it heard is `seconds` old; the first at once."""
     heard = -math.inf
 
     def say(text: str) -> None:
         nonlocal heard
-        now = time.monotonic()
+        now = clock()
         if now - heard >= seconds:
             heard = now
             tell(text)

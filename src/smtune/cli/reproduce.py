@@ -33,7 +33,9 @@ def reproduce(
         ),
     ] = None,
     scale: Annotated[str, typer.Option(help="embedded, or paper: the paper's models and data.")] = "embedded",
-    tier: Annotated[str | None, typer.Option(help="Of the embedded scale: mini, smollm2, or real, which wants --data.")] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Of the embedded scale: mini, smollm2 or real (wants --data).")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the experiments, and what there is of them.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve every cell; estimate memory, time and disk.")

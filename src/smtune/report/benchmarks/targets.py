@@ -158,14 +158,20 @@ def _step(found: list[Suite]) -> list[Row]:
         if not any(suite.is_7b(STEP_TOKENS) for suite in measured):
             rows.append(Row("1", what, "", "", ABSENT))
         for suite in measured:
-            value, interval, text = _median(step_ratios(suite.arms[name]))
-            if not suite.is_7b(STEP_TOKENS):
-                rows.append(Row("1", what, suite.name, text, NO_TARGET))
-                continue
-            if interval is not None and interval.low <= target < interval.high:
-                text += ", the interval reaches over the target"
-            rows.append(Row("1", what, suite.name, text, _holds(value <= target)))
+            ratios = step_ratios(suite.arms[name])
+            if suite.is_7b(STEP_TOKENS):
+                rows.append(Row("1", what, suite.name, *_at_most(target, ratios)))
+            else:
+                rows.append(Row("1", what, suite.name, _median(ratios)[2], NO_TARGET))
     return rows
+
+
+def _at_most(target: float, ratios: np.ndarray) -> tuple[str, str]:
+    """The median in words, and whether it is at most the target."""
+    value, interval, text = _median(ratios)
+    if interval is not None and interval.low <= target < interval.high:
+        text += ", the interval reaches over the target"
+    return text, _holds(value <= target)
 
 
 def _median(ratios: np.ndarray) -> tuple[float, Estimate | None, str]:
@@ -369,9 +375,8 @@ def _scoring(results: Record) -> list[Row]:
     for record in of_kind(results, "scoring"):
         ratios = scoring_ratios(record)["score / dense"]
         if ran(record) and ratios.size:
-            value, _, text = _median(ratios)
             where = ", ".join(record[key] for key in ("suite", "criterion", "accumulator") if record.get(key))
-            rows.append(Row("scoring", what, where, text, _holds(value <= SCORING)))
+            rows.append(Row("scoring", what, where, *_at_most(SCORING, ratios)))
     return rows or [Row("scoring", what, "", "", ABSENT)]
 
 
