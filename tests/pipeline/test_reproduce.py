@@ -274,14 +274,16 @@ def test_the_paper_scale_names_the_data_it_needs(capsys, tmp_path):
         (["--data", "nowhere"], "folder"),
         (["--resume", "--output", "nowhere"], "leave out --resume"),
         (["evidence", "--output", "nowhere"], "nowhere has none"),
-        (["table5", "--tier", "smollm2", "--data", "."], "real, paper"),
+        (["table5", "--tier", "smollm2", "--data", "."], "--tier real"),
         (["table5", "--tier", "real", "--data", ".", "--dry-run"], "train/mawps.jsonl"),
         (["table5", "--tier", "real"], "--data with a folder that holds train/mawps.jsonl"),
     ],
 )
-def test_what_is_refused(arguments, message, capsys):
+def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert cli.run(["reproduce", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # nothing half-begun
 
 
 def test_the_model_of_the_tier_is_what_it_says(cache):

@@ -185,6 +185,15 @@ def test_data_of_a_folder(tmp_path, monkeypatch):
     assert data.overlap == {"SingleEq": 0, "SVAMP": 0, "MultiArith": 0, "AddSub": 1}
     assert "1 of 40 test questions are among 40 training rows (AddSub 1)" in data.overlap_text()
     assert len({json.dumps(row) for row in data.train} & {json.dumps(row) for row in data.validation}) == 0
+
+    for place in (*tmp_path.glob("train/*"), *tmp_path.glob("test/*")):  # as LLM-Adapters' repository has them
+        moved = tmp_path / "dataset" / place.stem / f"{place.parent.name}.json"
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        moved.write_text(json.dumps([json.loads(line) for line in place.read_text().splitlines()]))
+        place.unlink()
+    (tmp_path / "test").rmdir()
+    load_data.cache_clear()
+    assert load_data(Setting("real", data=str(tmp_path)), "math").identity == data.identity
     load_data.cache_clear()
 
 

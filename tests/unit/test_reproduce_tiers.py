@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from smtune.errors import InputError
 from smtune.reproduce.declared import SCALES, Pruned, load_experiment, load_tier
-from smtune.reproduce.setting import Setting
+from smtune.reproduce.setting import Setting, count_items
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,16 @@ def test_a_figure_leaves_out_what_its_table_does():
 def test_what_is_pruned_says_so():
     rates = {"default": [3e-3], "full": [1e-5, 3e-5]}
     assert str(Pruned(seeds=3, learning_rates=rates)) == "rates 0.003; of full 1e-05, 3e-05; 3 seeds"
+
+
+def test_a_group_of_tests_counts_as_many_items_as_its_tests():
+    assert count_items(Setting("real"), "choice") == 400
+    assert count_items(Setting("real", items=7), "choice") == 56
+    assert count_items(Setting("real"), "math") == 200
+    assert count_items(Setting("mini"), "math") == 500
+    assert count_items(Setting("smollm2"), "choice") == 150
+
+
+def test_a_folder_of_no_use_is_refused():
+    with pytest.raises(InputError, match="leave it out"):
+        Setting("smollm2", data="anywhere")

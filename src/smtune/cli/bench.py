@@ -123,7 +123,7 @@ def at_most_every(
 
 @contextmanager
 def _progress(console: Console) -> Iterator[dict[str, Any]]:
-    """`say` shows what is going on in one line that changes, in a log by a line a minute; `tell` adds a line."""
+    """`say` shows what is going on: in one line that changes, or in a log at most once a minute. `tell` adds a line."""
 
     def tell(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)

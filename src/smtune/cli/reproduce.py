@@ -83,10 +83,10 @@ def reproduce(
         load_experiment(name)
     chosen = _tier(scale, tier)
     output = output or RESULTS / chosen
-    request = _request(names, chosen, data, steps, items, seeds, cells)
     if resume:
-        names, request = _resumed(output, bool(experiments), names, request)
-        chosen = request.setting.tier
+        names, request = _resumed(output, bool(experiments), names)
+    else:
+        request = _request(names, chosen, data, steps, items, seeds, cells)
     if list_:
         _list(names, request, output)
     elif dry_run:
@@ -118,15 +118,11 @@ def _request(
     seeds: str | None,
     cells: int | None,
 ) -> Request:
-    from smtune.reproduce.declared import SCALES, load_tier
     from smtune.reproduce.run import Request
     from smtune.reproduce.setting import Setting
 
     if data is not None and not data.is_dir():
         raise InputError(f"Expected --data to be a folder. There is none at {data}.")
-    if data is not None and not load_tier(tier).takes_folder:
-        takers = [name for tiers in SCALES.values() for name in tiers if load_tier(name).takes_folder]
-        raise InputError(f"Expected --data with a tier among {', '.join(takers)}. {tier} has its own: leave it out.")
     words = None if seeds is None else [word.strip() for word in seeds.split(",") if word.strip()]
     if words is not None and (not words or not all(word.isdecimal() for word in words)):
         raise InputError(f"Expected --seeds with whole numbers, such as 0,1,2. Got {seeds!r}.")
@@ -134,7 +130,7 @@ def _request(
     return Request(names, setting, None if words is None else list(dict.fromkeys(map(int, words))), cells)
 
 
-def _resumed(output: Path, named: bool, names: list[str], request: Request) -> tuple[list[str], Request]:
+def _resumed(output: Path, named: bool, names: list[str]) -> tuple[list[str], Request]:
     """What the folder was last asked for; experiments that are named now take the place of those named then."""
     from smtune.reproduce.run import Request
     from smtune.reproduce.setting import Setting
@@ -199,13 +195,10 @@ def _list(names: list[str], request: Request, output: Path) -> None:
 
 def _dry_run(names: list[str], request: Request, jobs: int) -> None:
     from smtune.reproduce import dry
-    from smtune.reproduce.declared import load_experiment
-    from smtune.reproduce.setting import load_data
 
     console = Console()
     if request.setting.data is not None:
-        for family in dict.fromkeys(one for name in names for one in request.setting.families(load_experiment(name))):
-            load_data(request.setting, family)  # says which file is missing
+        _read_data(names, request)
     for name in names:
         console.print(dry.table(name, dry.estimate(request, name), jobs))
     tier = request.setting.declared
@@ -220,6 +213,14 @@ def _dry_run(names: list[str], request: Request, jobs: int) -> None:
         "Experiments that share cells run them once.",
         highlight=False,
     )
+
+
+def _read_data(names: list[str], request: Request) -> None:
+    """Raises InputError that says which file is missing."""
+    from smtune.reproduce.setting import load_data
+
+    for family in dict.fromkeys(family for name in names for family in request.families(name)):
+        load_data(request.setting, family)
 
 
 def _check(cell: str, request: Request, output: Path, threads: int | None, say: Any) -> None:
@@ -242,6 +243,7 @@ def _run(names: list[str], request: Request, output: Path, jobs: int, threads: i
 
     if output.exists() and not output.is_dir():
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
+    _read_data(names, request)
     output.mkdir(parents=True, exist_ok=True)
     asked = {"experiments": names, "setting": asdict(request.setting), "seeds": request.seeds}
     write_json(output / REQUEST, {**asked, "max_cells": request.max_cells, "date": time.strftime("%Y-%m-%d")})

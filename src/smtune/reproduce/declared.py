@@ -279,8 +279,8 @@ class Tier(_Section):
         models: by the name that rows use.
         block_size, dtype: of SMT, and of the frozen weights.
         learning_rates: by method; "default" for the others.
-        families: the tasks; sources that end in .json or .jsonl are in a folder of data. folder: the same where such a
-            folder is given, if not all is in it anyway.
+        families: the tasks; sources that end in .json or .jsonl are files of a folder of data. folder: the same where
+            such a folder is given, for tiers that can do without.
         stand_ins: by family, another that experiments train on instead: one that the tier's models can learn in its
             steps.
         tests_folder: of the test files inside that folder.
@@ -315,8 +315,8 @@ class Tier(_Section):
         return row.learning_rates or by_method.get(row.method) or by_method["default"]
 
     def others(self, families: Sequence[str]) -> list[str]:
-        """The families but these and stand-ins, and but those of a folder, which may lack them: what else may be
-        forgotten."""
+        """What else may be forgotten: families other than these, stand-ins, and those of a folder, which may lack
+        them."""
         there = [name for name, family in self.families.items() if not any(map(is_file, family.train))]
         return [name for name in there if name not in (*families, *self.stand_ins.values())]
 

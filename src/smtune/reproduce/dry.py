@@ -20,7 +20,7 @@ from smtune.reproduce import memory
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
 from smtune.reproduce.declared import Size, load_experiment
 from smtune.reproduce.run import Request
-from smtune.reproduce.setting import Setting
+from smtune.reproduce.setting import Setting, count_items
 from smtune.reproduce.train import count_steps
 from smtune.reproduce.work import TIMED_STEPS, WARMUP_STEPS, architecture
 
@@ -63,7 +63,7 @@ def estimate(request: Request, name: str) -> list[Estimate]:
         elif experiment.kind == "time":
             steps = min(TIMED_STEPS, count_steps(recipe, size.rows))
             steps += min(WARMUP_STEPS, max(1, steps // 10))
-        items = min(setting.items or tier.evaluation.items or size.items, size.items) * (experiment.kind == "train")
+        items = count_items(setting, arm.family) * (experiment.kind == "train")
         scores = arm.row.method == "smt" and experiment.kind in ("train", "select")
         total, trained = counted.total_parameters, counted.trained_parameters
         seconds = seconds_of_cell(tier.flops_per_second, total, trained, recipe, steps, items, size, scores)

@@ -57,6 +57,13 @@ class Request:
         base = self.setting.shape if experiment.kind == "memory" else self.setting.base
         return list(arms(experiment, tier, self.setting.families(experiment), self.seeds, base))
 
+    def families(self, name: str) -> list[str]:
+        """The families whose data an experiment reads: its own, and those that its rows train or score on besides."""
+        experiment, tier = load_experiment(name), self.setting.declared
+        families = self.setting.families(experiment) if experiment.kind != "memory" else []
+        besides = [each for row in experiment.rows_at(tier.scale) for each in (row.then, row.scored_on) if each]
+        return list(dict.fromkeys([*families, *besides])) if families else []
+
     def wanted(self, arms: Sequence[Arm], store: Store) -> list[Cell]:
         """The cells known so far, in order: all sweeps, then the other seeds at the rates that were found best."""
         cells = [cell for arm in arms for cell in arm.sweep()]
@@ -96,9 +103,8 @@ class Runner:
         if not arms:
             self.say(f"{name}: nothing to run at this scale")
             return True
-        if experiment.kind != "memory":
-            for family in self.request.setting.families(experiment):
-                self.say(f"{name}: {family}: {load_data(self.request.setting, family).overlap_text()}")
+        for family in self.request.families(name):
+            self.say(f"{name}: {family}: {load_data(self.request.setting, family).overlap_text()}")
         expected = min(sum(arm.n_cells for arm in arms), self.request.max_cells or 1 << 30)
         done = len([cell for cell in self.request.wanted(arms, self.store) if self.store.find(cell)])
         self.say(f"{name}: {expected} cells, {done} of them there already")

@@ -42,6 +42,14 @@ class Setting:
     steps: int | None = None
     items: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a folder that the tier has no use for."""
+        if self.data is not None and not self.declared.takes_folder:
+            raise InputError(
+                "Expected --data with --tier real or --scale paper. The data of "
+                f"the tier {self.tier} is in the package: leave it out."
+            )
+
     @property
     def is_cut(self) -> bool:
         return self.steps is not None or self.items is not None or (self.tier == "mini" and mini.is_cut())
@@ -127,6 +135,14 @@ def weights(setting: Setting, model: str) -> str:
     return f"{name} ({fingerprint(setting.model_name(model)).rpartition('(')[2]}"
 
 
+def count_items(setting: Setting, family: str) -> int:
+    """How many test items a family has, by its declared size and what is asked for of each test."""
+    declared, limit = setting.declared.families[family], setting.items or setting.declared.evaluation.items
+    return (
+        declared.size.items if limit is None else min(declared.size.items, limit * len(resolve_tasks(declared.tests)))
+    )
+
+
 @cache
 def load_data(setting: Setting, family: str) -> Data:
     """Read, split and hash. Raises InputError for data that is not there."""
@@ -143,7 +159,7 @@ def load_data(setting: Setting, family: str) -> Data:
     asked = {question_key(str(row.get("instruction"))) for row in validation}
     train = [row for row in train if question_key(str(row.get("instruction"))) not in asked]
     limit = setting.items or tier.evaluation.items
-    folder = None if setting.data is None else Path(setting.data) / tier.tests_folder
+    folder = None if setting.data is None else _tests_folder(Path(setting.data), tier)
     tests = [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit)]
     validation_items = [
         Item(TASKS[row["task"]], place, row["instruction"], row.get("input") or "", str(row["answer"]))
@@ -183,11 +199,27 @@ def _rows(setting: Setting, source: str) -> list[Record]:
     if is_file(source) and setting.data is None:
         raise InputError(
             f"Expected --data with a folder that holds {source}. Got none: `git clone "
-            "https://github.com/AGI-Edgerunners/LLM-Adapters` has the paper's data, in the format that is read."
+            "https://github.com/AGI-Edgerunners/LLM-Adapters` has one."
         )
-    rows = read_rows(Path(setting.data or "") / source if is_file(source) else source)
+    rows = read_rows(_path(Path(setting.data or ""), source) if is_file(source) else source)
     stem = Path(source).stem
     return [{"task": stem, **row} if is_file(source) and stem in TASKS else dict(row) for row in rows]
+
+
+LLM_ADAPTERS = "dataset"
+"""The folder of LLM-Adapters' repository with `<task>/train.json` and `<task>/test.json`."""
+
+
+def _path(folder: Path, source: str) -> Path:
+    """The file of a source, or LLM-Adapters' training rows of its task in place of one that is not there."""
+    path = folder / source
+    instead = folder / LLM_ADAPTERS / path.stem / "train.json"
+    return instead if instead.exists() and not path.exists() else path
+
+
+def _tests_folder(folder: Path, tier: Tier) -> Path:
+    tests = folder / tier.tests_folder
+    return tests if tests.is_dir() else folder / LLM_ADAPTERS
 
 
 def _items(task: Task, folder: Path | None, limit: int | None) -> list[Item]:

@@ -248,13 +248,21 @@ def _forward(suite: Suite) -> tuple[str, str]:
     return f"FLOPs beyond the frozen forward: SMT {mine:,}, LoRA {lora:,}", _verdict([mine == 0 < lora])
 
 
+EQUAL = {
+    "0.84 %": {"SMT": USUAL, "LoRA": "lora", "DoRA": "dora"},
+    "4.91 %": {"SMT": "smt-4.91", "LoRA": "lora-4.91"},
+}
+"""By budget, arms of equal parameters."""
+
+
 def _lower(suite: Suite) -> tuple[str, str]:
-    arms = {"SMT": USUAL, "LoRA": "lora", "DoRA": "dora"}
-    peaks = {name: peak for name, arm in arms.items() if (peak := get(suite.arms.get(arm), "peak_tensor_bytes"))}
-    if "SMT" not in peaks or len(peaks) < 2:
-        return "", ABSENT
-    text = ", ".join(f"{name} {words.size(peak)}" for name, peak in peaks.items())
-    return f"counted peak: {text}", _verdict([peaks["SMT"] < peak for name, peak in peaks.items() if name != "SMT"])
+    texts, lower = [], []
+    for budget, arms in EQUAL.items():
+        peaks = {name: peak for name, arm in arms.items() if (peak := get(suite.arms.get(arm), "peak_tensor_bytes"))}
+        if "SMT" in peaks and len(peaks) > 1:
+            texts.append(f"{budget}: " + ", ".join(f"{name} {words.size(peak)}" for name, peak in peaks.items()))
+            lower += [peaks["SMT"] < peak for name, peak in peaks.items() if name != "SMT"]
+    return (f"counted peak at {'; at '.join(texts)}", _verdict(lower)) if texts else ("", ABSENT)
 
 
 def _memory_cut(suite: Suite) -> tuple[str, str]:

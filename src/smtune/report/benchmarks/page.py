@@ -115,10 +115,10 @@ def _targets(results: Record) -> str:
     judged = [word for word in (HOLDS, MISSED, OPEN, ABSENT) if counts[word]]
     summary = ", ".join(f"{counts[word]} {verdict(word)}" for word in judged)
     text = f"""{sum(counts[word] for word in judged)} rows: {summary}. The number is the issue's, of which item 5 has a
-    section of its own, *The paper's cost claims*; *design* is a number of the design's contract. Step times are judged
-    by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference of their medians
-    of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are *{OPEN}*. An exponent
-    holds, or is missed, with all of its interval. Memory and counts are compared as they are."""
+    section of its own, *The paper's cost claims*; *design* is a number of the design's contract. Step times and
+    scoring are judged by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference
+    of their medians of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are
+    *{OPEN}*. An exponent holds, or is missed, with all of its interval. Memory and counts are compared as they are."""
     heads = ("from", "target", "where", "measured", "verdict")
     shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
     return section("## Targets", prose(text), table(heads, shown))

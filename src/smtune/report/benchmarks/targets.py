@@ -170,7 +170,7 @@ def _at_most(target: float, ratios: np.ndarray) -> tuple[str, str]:
     """The median in words, and whether it is at most the target."""
     value, interval, text = _median(ratios)
     if interval is not None and interval.low <= target < interval.high:
-        text += ", the interval reaches over the target"
+        text += ", the target is within the interval"
     return text, _holds(value <= target)
 
 

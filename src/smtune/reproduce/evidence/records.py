@@ -19,7 +19,7 @@ from typing import Any
 from smtune.reproduce.cells import Arm, Cell, Record, arms
 from smtune.reproduce.declared import SCALES, Experiment, Tier, load_experiment, load_tier
 from smtune.reproduce.run import CELLS
-from smtune.reproduce.setting import Setting
+from smtune.reproduce.setting import Setting, count_items
 from smtune.reproduce.store import Store
 
 CONTENT = ("data", "weights")
@@ -106,10 +106,7 @@ class Results:
         tests = record["metrics"].get("tests")
         if not tests:
             return True
-        family = self.tier.families[config["family"]]
-        limit = self.tier.evaluation.items
-        most = family.size.items if limit is None else min(family.size.items, limit * len(family.tests))
-        return sum(test["items"] for test in tests.values()) >= most
+        return sum(test["items"] for test in tests.values()) >= count_items(self._setting, config["family"])
 
     def _is_of_content(self, record: Record) -> bool:
         config = record["config"]

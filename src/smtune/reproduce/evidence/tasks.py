@@ -24,7 +24,7 @@ COMPARED = ("study-methods", "study-criteria", "table2")
 DRAWN = {
     "mini": [("study-methods", "SMT, sampled, all linear layers, blocks of 4²")],
     "smollm2": [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")],
-    "real": [("study-short", "SMT, sampled, all linear layers, blocks of 32²")],
+    "real": [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")],
 }
 """SMT with its blocks drawn: by tier, experiments and labels, of which the first that a task has counts."""
 
