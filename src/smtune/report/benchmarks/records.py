@@ -4,7 +4,7 @@ A round times one step of every arm, with floor steps in between. A *pair* is an
 in time; its ratio is what all tables show, so that a machine that slows down slows both. Nothing is assumed complete:
 kinds, arms, parts and fields may be missing, and an arm may hold an error instead of times.
 
-Imports numpy and `smtune.evaluation.statistics`.
+Imports numpy, `smtune.bench.suites` and `smtune.evaluation.statistics`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from smtune.bench.suites import ARMS
 from smtune.evaluation.statistics import Estimate
 
 Record = Mapping[str, Any]
@@ -48,7 +49,7 @@ class Suite:
 
     Attributes:
         name: of the suite.
-        arms: record by the arm's name, the floor's included, in the order of the file; of doubles the last.
+        arms: record by the arm's name, the floor's included, in the order of `ARMS`; of doubles the last.
     """
 
     name: str
@@ -92,7 +93,12 @@ def suites(results: Record) -> list[Suite]:
     found: dict[str, dict[str, Record]] = {}
     for record in of_kind(results, "arm"):
         found.setdefault(record.get("suite", ""), {})[record["arm"]] = record
-    return [Suite(name, arms) for name, arms in found.items()]
+    return [Suite(name, dict(sorted(arms.items(), key=lambda item: _place(item[0])))) for name, arms in found.items()]
+
+
+def _place(arm: str) -> int:
+    """Arms that are in no comparison come last, in the order of the file."""
+    return ARMS.index(arm) if arm in ARMS else len(ARMS)
 
 
 def ran(record: Record | None) -> bool:
