@@ -215,3 +215,18 @@ def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):
     page = page_of(made, request, store, tmp_path)
     assert "a pruned sweep: rates 0.003; of full 1e-05; 1 seeds." in page
     assert "Rates of their own: SMT 0.001." in page
+
+
+@pytest.mark.parametrize(("items", "judged_by", "values"), [(N, "accuracy", [0.5, 0.25]), (0, "loss", [0.7, 0.9])])
+def test_a_sweep_shows_loss_where_held_out_rows_have_no_answers(tmp_path, monkeypatch, items, judged_by, values):
+    drawn = []
+    monkeypatch.setattr("smtune.reproduce.layouts.curves", lambda series, path, **words: drawn.append((series, words)))
+    made = experiment(Row(label="SMT", method="smt", learning_rates=[1e-3, 1e-2]))
+    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    for cell, right, loss in zip(request.arms(made)[0].sweep(), (200, 100), (0.7, 0.9)):
+        save(store, cell, right, validation={"correct": right if items else 0, "items": items}, validation_loss=loss)
+    render(collect(made, request, store), tmp_path / "pages")
+    ((series, words),) = drawn
+    assert words["y"] == f"{judged_by} on held-out training rows"
+    ((_, points),) = series.items()
+    assert [(rate, estimate.value) for rate, estimate in points] == list(zip((1e-3, 1e-2), values))

@@ -347,22 +347,32 @@ def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
         heading = f"{arm.family}, {arm.model}" if several else arm.family
         panels.setdefault(heading, {})[arm.row.label] = mean(list(accuracies(records).values()))
     dots(panels, path, x="accuracy, %, with 95 % interval", title=_title(result))
-    swept = {}
-    for arm in result.arms:
-        found = [(rate, result.store.find(cell)) for rate, cell in zip(arm.rates, arm.sweep())]
-        points = [(rate, _validation(record)) for rate, record in found if record is not None]
-        if len(arm.rates) > 1 and len(points) > 1:
-            swept[_name(arm, result)] = points
+    swept, judged_by = _sweeps(result)
     if not swept:
         return [path]
-    curves(swept, rates, x="learning rate", y="accuracy on held-out training rows", title=_title(result), log=True)
+    curves(swept, rates, x="learning rate", y=f"{judged_by} on held-out training rows", title=_title(result), log=True)
     return [path, rates]
 
 
-def _validation(record: Record) -> Estimate:
-    validation = record["metrics"]["validation"]
-    if not validation["items"]:
-        return Estimate(0.0, 0.0, 0.0)
+def _sweeps(result: Result) -> tuple[dict[str, list[tuple[float, Estimate]]], str]:
+    """Points by rate of each arm that sweeps some, and what they show: accuracy, or loss where rows have no answers."""
+    swept: dict[str, list[tuple[float, Record]]] = {}
+    for arm in result.arms:
+        found = [(rate, result.store.find(cell)) for rate, cell in zip(arm.rates, arm.sweep())]
+        points = [(rate, record["metrics"]) for rate, record in found if record is not None]
+        if len(arm.rates) > 1 and len(points) > 1:
+            swept[_name(arm, result)] = points
+    if all(metrics["validation"]["items"] for points in swept.values() for _, metrics in points):
+        return {name: [(rate, _accuracy(each)) for rate, each in points] for name, points in swept.items()}, "accuracy"
+    losses = {
+        name: [(rate, Estimate(loss, loss, loss)) for rate, each in points if (loss := each["validation_loss"])]
+        for name, points in swept.items()
+    }
+    return losses, "loss"
+
+
+def _accuracy(metrics: Record) -> Estimate:
+    validation = metrics["validation"]
     return accuracy_over_seeds(
         [[True] * validation["correct"] + [False] * (validation["items"] - validation["correct"])]
     )
