@@ -363,7 +363,7 @@ def _sweeps(result: Result) -> tuple[dict[str, list[tuple[float, Estimate]]], st
         if len(arm.rates) > 1 and len(points) > 1:
             swept[_name(arm, result)] = points
     if all(metrics["validation"]["items"] for points in swept.values() for _, metrics in points):
-        return {name: [(rate, _accuracy(each)) for rate, each in points] for name, points in swept.items()}, "accuracy"
+        return {name: [(rate, _validated(each)) for rate, each in points] for name, points in swept.items()}, "accuracy"
     losses = {
         name: [(rate, Estimate(loss, loss, loss)) for rate, each in points if (loss := each["validation_loss"])]
         for name, points in swept.items()
@@ -371,7 +371,7 @@ def _sweeps(result: Result) -> tuple[dict[str, list[tuple[float, Estimate]]], st
     return losses, "loss"
 
 
-def _accuracy(metrics: Record) -> Estimate:
+def _validated(metrics: Record) -> Estimate:
     validation = metrics["validation"]
     return accuracy_over_seeds(
         [[True] * validation["correct"] + [False] * (validation["items"] - validation["correct"])]
