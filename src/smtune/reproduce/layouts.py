@@ -362,13 +362,19 @@ def _sweeps(result: Result) -> tuple[dict[str, list[tuple[float, Estimate]]], st
         points = [(rate, record["metrics"]) for rate, record in found if record is not None]
         if len(arm.rates) > 1 and len(points) > 1:
             swept[_name(arm, result)] = points
-    if all(metrics["validation"]["items"] for points in swept.values() for _, metrics in points):
-        return {name: [(rate, _validated(each)) for rate, each in points] for name, points in swept.items()}, "accuracy"
-    losses = {
-        name: [(rate, Estimate(loss, loss, loss)) for rate, each in points if (loss := each["validation_loss"])]
+    is_answered = all(metrics["validation"]["items"] for points in swept.values() for _, metrics in points)
+    show = _validated if is_answered else _loss
+    shown = {
+        name: [(rate, estimate) for rate, metrics in points if (estimate := show(metrics)) is not None]
         for name, points in swept.items()
     }
-    return losses, "loss"
+    return shown, "accuracy" if is_answered else "loss"
+
+
+def _loss(metrics: Record) -> Estimate | None:
+    """None of a run that diverged."""
+    loss = metrics["validation_loss"]
+    return None if loss is None else Estimate(loss, loss, loss)
 
 
 def _validated(metrics: Record) -> Estimate:

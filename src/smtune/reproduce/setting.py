@@ -137,10 +137,11 @@ def weights(setting: Setting, model: str) -> str:
 
 def count_items(setting: Setting, family: str) -> int:
     """How many test items a family has, by its declared size and what is asked for of each test."""
-    declared, limit = setting.declared.families[family], setting.items or setting.declared.evaluation.items
-    return (
-        declared.size.items if limit is None else min(declared.size.items, limit * len(resolve_tasks(declared.tests)))
-    )
+    tier = setting.declared
+    declared, limit = tier.families[family], setting.items or tier.evaluation.items
+    if limit is None:
+        return declared.size.items
+    return min(declared.size.items, limit * len(resolve_tasks(declared.tests)))
 
 
 @cache
@@ -196,14 +197,16 @@ def _family(setting: Setting, family: str) -> Family:
 
 def _rows(setting: Setting, source: str) -> list[Record]:
     """The rows of a source; one in a folder is of the task that its file is named after, where there is one."""
-    if is_file(source) and setting.data is None:
+    if not is_file(source):
+        return [dict(row) for row in read_rows(source)]
+    if setting.data is None:
         raise InputError(
             f"Expected --data with a folder that holds {source}. Got none: `git clone "
             "https://github.com/AGI-Edgerunners/LLM-Adapters` has one."
         )
-    rows = read_rows(_path(Path(setting.data or ""), source) if is_file(source) else source)
     stem = Path(source).stem
-    return [{"task": stem, **row} if is_file(source) and stem in TASKS else dict(row) for row in rows]
+    task = {"task": stem} if stem in TASKS else {}
+    return [{**task, **row} for row in read_rows(_path(Path(setting.data), source))]
 
 
 LLM_ADAPTERS = "dataset"

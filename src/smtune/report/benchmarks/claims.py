@@ -30,7 +30,7 @@ from smtune.report.benchmarks.records import (
     step_ratios,
     suites,
 )
-from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, compare
+from smtune.report.benchmarks.targets import ABSENT, EQUAL, HOLDS, MISSED, OPEN, compare
 
 DOES_NOT = "does not"
 SLACK = 1.1
@@ -248,18 +248,13 @@ def _forward(suite: Suite) -> tuple[str, str]:
     return f"FLOPs beyond the frozen forward: SMT {mine:,}, LoRA {lora:,}", _verdict([mine == 0 < lora])
 
 
-EQUAL = {
-    "0.84 %": {"SMT": USUAL, "LoRA": "lora", "DoRA": "dora"},
-    "4.91 %": {"SMT": "smt-4.91", "LoRA": "lora-4.91"},
-}
-"""By budget, arms of equal parameters."""
-
-
 def _lower(suite: Suite) -> tuple[str, str]:
     texts, lower = [], []
-    for budget, arms in EQUAL.items():
+    for smt, equal in EQUAL.items():
+        arms = {"SMT": smt, **equal}
         peaks = {name: peak for name, arm in arms.items() if (peak := get(suite.arms.get(arm), "peak_tensor_bytes"))}
         if "SMT" in peaks and len(peaks) > 1:
+            budget = words.arm(smt).removeprefix("SMT ")
             texts.append(f"{budget}: " + ", ".join(f"{name} {words.size(peak)}" for name, peak in peaks.items()))
             lower += [peaks["SMT"] < peak for name, peak in peaks.items() if name != "SMT"]
     return (f"counted peak at {'; at '.join(texts)}", _verdict(lower)) if texts else ("", ABSENT)

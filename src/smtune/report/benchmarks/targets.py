@@ -39,6 +39,8 @@ RIVALS = {
     "smt-4.91": ("lora-4.91",),
 }
 """Who has to be slower than whom."""
+EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lora-4.91"}}
+"""By arm of SMT, adapters that train as many parameters."""
 NAMES = {
     "lora": "LoRA",
     "lora-4.91": "LoRA 4.91 %",
@@ -261,8 +263,8 @@ def _all_alike(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
 
 def _below_lora(suite: Suite, key: str) -> tuple[str, str]:
     parts = {}
-    for smt, lora in (("smt-0.84", "lora"), ("smt-4.91", "lora-4.91")):
-        mine, theirs = get(suite.arms.get(smt), key), get(suite.arms.get(lora), key)
+    for smt, equal in EQUAL.items():
+        mine, theirs = (get(suite.arms.get(arm), key) for arm in (smt, equal["LoRA"]))
         if mine and theirs:
             text = f"{words.size(mine)} against {words.size(theirs)} ({words.signed_size(mine - theirs)})"
             parts[words.arm(smt)] = (text, _holds(mine <= theirs))

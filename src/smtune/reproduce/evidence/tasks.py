@@ -21,10 +21,11 @@ BUDGET = 0.0084
 COMPARED = ("study-methods", "study-criteria", "table2")
 """The experiments whose arms at `BUDGET` are held against SMT."""
 
+_OF_SMOLLM2 = [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")]
 DRAWN = {
     "mini": [("study-methods", "SMT, sampled, all linear layers, blocks of 4²")],
-    "smollm2": [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")],
-    "real": [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")],
+    "smollm2": _OF_SMOLLM2,
+    "real": _OF_SMOLLM2,
 }
 """SMT with its blocks drawn: by tier, experiments and labels, of which the first that a task has counts."""
 
