@@ -122,11 +122,16 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
 def load_merged(name: str, dtype: str = "float32") -> nn.Module:
     """A model for inference: on the accelerator where there is one, and its adapter, if it has one, merged.
 
-    Merged it computes the same at no cost. Arguments and errors as `load_model`.
+    Merged it computes the same at no cost. On a quantised base it stays an adapter: what training changed is small
+    beside the steps of 4 bits, and quantised again it would be lost. Arguments and errors as `load_model`.
     """
+    from smtune.tuner.quantised import is_quantised
+
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model: Any = load_model(name, dtype, device)
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if not hasattr(model, "merge_and_unload") or any(map(is_quantised, model.modules())):
+        return model
+    return model.merge_and_unload()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import smtune
 from smtune import cli, training
-from smtune.models import load_model
-from smtune.training import read_metrics
+from smtune.models import adapter_base, load_model
+from smtune.training import load_config, read_metrics
 
 TASK_ITEMS = 6
 
@@ -131,6 +132,30 @@ def forget_base(adapter):
     path.write_text(json.dumps(values))
 
 
+def test_an_adapter_of_a_model_by_a_relative_path_works_from_anywhere(base, config, capsys, tmp_path, monkeypatch):
+    shutil.copytree(base, "models/tiny")
+    run(capsys, "train", config, "model=models/tiny", "evaluation.tasks=[]")
+    assert adapter_base("run/adapter") == str(tmp_path / "models/tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run(capsys, "merge", "../run", "merged")
+
+
+def test_the_command_that_select_prints_keeps_the_mode(config, capsys):
+    _, err = run(capsys, "select", config, "smt.mode=additive")
+    (command,) = [line.strip() for line in err.splitlines() if "smtune train" in line]
+    _, _, *arguments = shlex.split(command)
+    assert load_config(arguments[0], arguments[1:]).smt.mode == "additive"
+
+
+def test_the_recipe_of_the_papers_setting_is_the_papers():
+    recipe = load_config(Path(__file__).parents[2] / "examples/llama-math.yaml").smt
+    paper = smtune.SMTConfig.paper()
+    for name in ("policy", "criterion", "block_size", "budget", "warmup_steps"):
+        assert getattr(recipe, name) == getattr(paper, name), name
+    assert set(recipe.target_modules) == set(paper.target_modules)
+
+
 @pytest.mark.parametrize("place", ["plan.json", "p: 3 #x.json"])
 def test_select_then_train_with_the_plan(config, capsys, tmp_path, place):
     _, err = run(capsys, "select", config, "--output", place)
@@ -168,11 +193,15 @@ def test_a_stopped_run_is_resumed(config, capsys):
         (["inspect", "nothing"], "There is nothing"),
         (["inspect", "tests"], "neither plan.json nor adapter_config.json"),
         (["inspect", "config.yaml"], "is not JSON"),
+        (["inspect", "broken"], "is not a JSON object"),
+        (["train", "config.yaml", "data.train=hub::test"], "without a name"),
         (["frobnicate"], "No such command"),
         (["train"], "Missing argument"),
     ],
 )
-def test_bad_input_is_code_2_without_a_traceback(config, capsys, arguments, message):
+def test_bad_input_is_code_2_without_a_traceback(config, capsys, tmp_path, arguments, message):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/adapter_config.json").write_text("{")
     _, err = run(capsys, *arguments, code=2)
     assert message in err
     assert "Traceback" not in err

@@ -273,6 +273,7 @@ def test_the_paper_scale_names_the_data_it_needs(capsys, tmp_path):
         (["--seeds", "one"], "whole numbers"),
         (["--data", "nowhere"], "folder"),
         (["--resume", "--output", "nowhere"], "leave out --resume"),
+        (["--resume", "--seeds", "0,1", "--steps", "5"], "Got --steps, --seeds beside it"),
         (["evidence", "--output", "nowhere"], "nowhere has none"),
         (["table5", "--tier", "smollm2", "--data", "."], "--tier real"),
         (["table5", "--tier", "real", "--data", ".", "--dry-run"], "train/mawps.jsonl"),

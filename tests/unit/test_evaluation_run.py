@@ -50,6 +50,13 @@ def letters_items(n=7):
     ]
 
 
+OPTIONS = "Which? Answer1: this Answer2: that Answer format: answer1/answer2"
+
+
+def option_items(instruction, answer):
+    return [Item(TASKS["openbookqa"], 0, instruction, "", answer)]
+
+
 def number_items(n=7):
     return [Item(TASKS["gsm8k"], k, f"What is {k}{' and' * (k % 3)}?", "", str(k)) for k in range(n)]
 
@@ -314,6 +321,8 @@ def test_summary_counts_and_tables(model, tokenizer):
     [
         ({"protocol": "likelyhood"}, 'Did you mean "likelihood"'),
         ({"protocol": "likelihood"}, "Expected tasks with options.*gsm8k"),
+        ({"protocol": "likelihood", "items": option_items("No format.", "answer1")}, "Answer format"),
+        ({"protocol": "likelihood", "items": option_items(OPTIONS, "answer7")}, "among its options, answer1, answer2"),
         ({"items": []}, "at least one item"),
         ({"batch_size": 0}, "batch_size"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

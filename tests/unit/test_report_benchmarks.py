@@ -623,6 +623,19 @@ def test_the_papers_speedup_is_against_full_fine_tuning_not_offloaded(results):
     assert rows["table1-float32-1024, full not offloaded"] == HOLDS
 
 
+def test_faster_than_two_rivals_is_not_shown_by_one(results):
+    def verdict(records):
+        rows = claims.other_rows({**results, "records": records})
+        (row,) = [row for row in rows if row.where == "layers7b-float32-1024" and "SMT's time" in row.measured]
+        return row
+
+    whole = verdict(results["records"])
+    assert "DoRA takes" in whole.measured
+    alone = verdict([record for record in results["records"] if record.get("arm") != "dora"])
+    assert alone.verdict in (OPEN, claims.DOES_NOT)
+    assert (alone.verdict == OPEN) == ("the other was not measured" in alone.measured)
+
+
 def test_table_1_as_ours(results, written):
     (rows,) = tables(written[0].read_text(encoding="utf-8"), "method")
     rows = {row["method"]: row for row in rows}

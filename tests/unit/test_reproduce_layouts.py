@@ -10,7 +10,7 @@ import pytest
 
 from smtune.reproduce import setting as setting_module
 from smtune.reproduce.declared import Experiment, Row, load_experiment
-from smtune.reproduce.layouts import collect, render
+from smtune.reproduce.layouts import collect, render, title_of
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting, load_data
 from smtune.reproduce.store import Store
@@ -197,6 +197,19 @@ def test_data_of_a_folder(tmp_path, monkeypatch):
     load_data.cache_clear()
 
 
+def test_a_picture_says_how_many_cells_are_missing(tmp_path):
+    made = experiment(row("SMT"), row("LoRA", method="lora"))
+    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    arms = request.arms(made)
+    save(store, arms[0].cell(arms[0].rates[0], 0), 200)
+    expected = sum(arm.n_cells for arm in arms)
+    assert title_of(collect(made, request, store)).endswith(f" (1 of {expected} cells)")
+    for arm in arms:
+        for cell in arm.sweep():
+            save(store, cell, 200)
+    assert not title_of(collect(made, request, store)).endswith("cells)")
+
+
 def test_a_page_of_a_stand_in_says_so(tmp_path):
     made = experiment(row("SMT"))
     request, store = Request(["made"], Setting("smollm2"), seeds=[0]), Store(tmp_path)
@@ -213,7 +226,7 @@ def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):
     for arm in request.arms(made):
         save(store, arm.sweep()[0], 200)
     page = page_of(made, request, store, tmp_path)
-    assert "a pruned sweep: rates 0.003; of full 1e-05; 1 seeds." in page
+    assert "a pruned sweep: rates 0.003; of full 1e-05; 1 seed." in page
     assert "Rates of their own: SMT 0.001." in page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,8 @@ def test_powers_of_ten_are_numbers(tmp_path, text, value):
         ("model: tiny\noutput: x\nmodel: other\n", r"line 3: .*'model' is given twice, in lines 1 and 3"),
         ("model: [tiny\n", r"config\.yaml, line 2: expected YAML"),
         ("- model\n", r"config\.yaml: expected keys with values.* Got a list"),
+        ("model: {{ name }}\n", r"line 1: .*a key that is a list or a mapping"),
+        ("model: tiny\noutput: 2024-13-01\n", r"config\.yaml: expected YAML.*month must be"),
         ("model: !!python/name:os.system\n", r"line 1: expected YAML"),
         ("", r"3 faults"),
     ],
@@ -250,6 +253,17 @@ def test_what_is_no_configuration(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         load_config(path)
+
+
+def test_the_example_names_every_key():
+    text = (Path(__file__).parents[2] / "examples/smollm2-arithmetic.yaml").read_text(encoding="utf-8")
+    parts = re.split(r"^(\w+):", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2]))
+    assert set(sections) <= set(TrainConfig.model_fields)
+    for section, field in TrainConfig.model_fields.items():
+        assert re.search(rf"^(# )?{section}:", text, flags=re.MULTILINE), section
+        for name in getattr(field.annotation, "model_fields", {}):
+            assert re.search(rf"\b{name}\b", sections[section]), f"{section}.{name}"
 
 
 def test_a_missing_file(tmp_path):

@@ -65,11 +65,13 @@ def select(
     if output.exists():
         raise InputError(f"Expected a new file for the plan. {output} exists: choose another --output.")
     _check_place(output, "--output")
-    plan = select_plan(load_config(config, overrides or []), console)
+    wanted = load_config(config, overrides or [])
+    plan = select_plan(wanted, console)
     plan.save(output)
     Console().print(plan_table(plan))
     place = str(output) if re.fullmatch(r"[\w./-]+", str(output)) else json.dumps(str(output), ensure_ascii=False)
-    command = shlex.join(["smtune", "train", str(config), *(overrides or []), f"smt={{plan: {place}}}"])
+    mode = "" if wanted.smt.mode == "auto" else f", mode: {wanted.smt.mode}"  # all else is in the plan
+    command = shlex.join(["smtune", "train", str(config), *(overrides or []), f"smt={{plan: {place}{mode}}}"])
     console.print(f"Wrote {output}. Train it:\n  {command}", soft_wrap=True, markup=False)
 
 
@@ -296,7 +298,7 @@ def _find_plan(path: Path) -> Plan:
     for folder in (path, path / "adapter"):
         file = folder / "adapter_config.json"
         if file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = _read_object(file)
             if values.get("peft_type") != "SMT":
                 raise InputError(
                     f"Expected an SMT adapter: `inspect` shows where blocks are. {file} is of type "
@@ -304,6 +306,16 @@ def _find_plan(path: Path) -> Plan:
                 )
             return Plan.from_dict(values.get("plan") or {})
     raise InputError(f"Expected a plan, an adapter or a run. {path} has neither plan.json nor adapter_config.json.")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"Expected an adapter's configuration. {file} is not a JSON object.")
+    return values
 
 
 @app.command(name="demo")

@@ -84,6 +84,13 @@ def reproduce(
     chosen = _tier(scale, tier)
     output = output or RESULTS / chosen
     if resume:
+        given = {"--data": data, "--steps": steps, "--items": items, "--seeds": seeds, "--cells": cells}
+        beside = [option for option, value in given.items() if value is not None]
+        if beside:
+            raise InputError(
+                f"Expected --resume alone: it goes on with what was asked for. Got {', '.join(beside)} beside it: "
+                "leave out --resume; what has been run is not run again."
+            )
         names, request = _resumed(output, bool(experiments), names)
     else:
         request = _request(names, chosen, data, steps, items, seeds, cells)

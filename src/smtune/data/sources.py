@@ -171,9 +171,11 @@ def _read_parquet(path: Path) -> Rows:
 
 def _read_hub(name: str) -> Rows:
     repository, config, split = (*name.split(":", 2), "", "")[:3]
+    if not repository:
+        raise InputError(f'Expected a data set of the hub as name:config:split. Got "{name}", without a name.')
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train")
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it needs a script
         raise InputError(
             f'Expected a data set "{repository}" on the hub that can be loaded as name:config:split. Got: {error} '
             f"If it is private, log in with `hf auth login`; if it is a file, there is none at that path."

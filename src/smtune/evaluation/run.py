@@ -148,6 +148,13 @@ def check(
         without = sorted({item.task.name for item in items if not item.task.has_options})
         if without:
             raise InputError(f'Expected tasks with options for "likelihood". Got {", ".join(without)}: use "generate".')
+        for item in items:
+            labels = [choice.label for choice in choices(item)]
+            if item.answer.lower() not in map(str.lower, labels):
+                raise InputError(
+                    f"Expected the answer of {item.task.name}, record {item.index + 1}, to be among its options, "
+                    f"{', '.join(labels)}. Got {item.answer!r}."
+                )
     keys = {item.key for item in items}
     if len(keys) != len(items):
         raise InputError(f"Expected distinct items. Got {len(items) - len(keys)} repeated ones.")

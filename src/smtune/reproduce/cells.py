@@ -82,7 +82,7 @@ class Arm:
         if len(self.rates) == 1:
             return self.rates[0]
         found = {rate: record for rate, record in records.items() if record is not None}
-        return max(found, key=lambda rate: _validated(found[rate])) if len(found) == len(self.rates) else None
+        return max(found, key=lambda rate: validated(found[rate])) if len(found) == len(self.rates) else None
 
     def cells(self, find: Find) -> list[Cell]:
         """Those known so far: the sweep, and once it is done the other seeds."""
@@ -94,12 +94,12 @@ class Arm:
         best = self.best(find)
         if best is None:
             so_far = [record for cell in self.sweep() if (record := find(cell)) is not None]
-            return [max(so_far, key=_validated)] if so_far else []
+            return [max(so_far, key=validated)] if so_far else []
         records = [find(self.cell(best, seed)) for seed in self.seeds]
         return [record for record in records if record is not None]
 
 
-def _validated(record: Record) -> tuple[float, float]:
+def validated(record: Record) -> tuple[float, float]:
     """What a learning rate is judged by, the larger the better; a run that diverged has no finite loss."""
     metrics = record["metrics"]
     validation = metrics["validation"]

@@ -143,7 +143,8 @@ class Pruned(_Section):
         """As "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
         by_method = {method: rates_text(rates) for method, rates in self.learning_rates.items()}
         others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
-        return f"rates {'; '.join([by_method['default'], *others])}; {self.seeds} seeds"
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        return f"rates {'; '.join([by_method['default'], *others])}; {seeds}"
 
 
 class Experiment(_Section):

@@ -346,11 +346,13 @@ def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
     for arm, records in result.present:
         heading = f"{arm.family}, {arm.model}" if several else arm.family
         panels.setdefault(heading, {})[arm.row.label] = mean(list(accuracies(records).values()))
-    dots(panels, path, x="accuracy, %, with 95 % interval", title=_title(result))
+    dots(panels, path, x="accuracy, %, with 95 % interval", title=title_of(result))
     swept, judged_by = _sweeps(result)
     if not swept:
         return [path]
-    curves(swept, rates, x="learning rate", y=f"{judged_by} on held-out training rows", title=_title(result), log=True)
+    curves(
+        swept, rates, x="learning rate", y=f"{judged_by} on held-out training rows", title=title_of(result), log=True
+    )
     return [path, rates]
 
 
@@ -394,7 +396,7 @@ def _curve_figures(result: Result, folder: Path) -> list[Path]:
             mean(list(accuracies(records).values())),
         )
         ours.setdefault(f"{arm.row.label}, {arm.model}", []).append(point)
-    curves(ours, path, x="trained parameters, %", y="accuracy", title=_title(result))
+    curves(ours, path, x="trained parameters, %", y="accuracy", title=title_of(result))
     paper = folder / f"{result.experiment.name}-paper.png"
     published = result.experiment.published
     if published is None:
@@ -426,7 +428,7 @@ def _bars_of(value: Callable[[Record], float], x: str) -> Callable[[Result, Path
             f"{arm.row.label} {budget_text(arm.budget)}, {arm.model}": value(records[0])
             for arm, records in result.present
         }
-        bars(values, path, x=x, title=_title(result))
+        bars(values, path, x=x, title=title_of(result))
         return [path]
 
     return draw
@@ -444,9 +446,12 @@ FIGURES: dict[str, Callable[[Result, Path], list[Path]]] = {
 }
 
 
-def _title(result: Result) -> str:
+def title_of(result: Result) -> str:
+    """Of a picture: the experiment's, and what must be said of it as in its table."""
     trial = "A trial, not a result: " if result.request.is_cut else ""
-    return f"{trial}{result.experiment.title}"
+    there, expected = sum(result.counts), _expected(result)
+    part = f" ({there} of {expected} cells)" if there < expected else ""
+    return f"{trial}{result.experiment.title}{part}"
 
 
 def _name(arm: Arm, result: Result) -> str:

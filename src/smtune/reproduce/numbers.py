@@ -20,18 +20,19 @@ def loss(estimate: Estimate | None) -> str:
 
 
 def _signed(estimate: Estimate, digits: int) -> str:
-    value = f"{estimate.value:+.{digits}f}"
-    if not math.isfinite(estimate.low):
-        return _minus(f"{value} (one seed)")
-    return _minus(f"{value} ({estimate.low:+.{digits}f} to {estimate.high:+.{digits}f})")
+    value, low, high = (
+        f"{round(each, digits) + 0.0:+.{digits}f}" if math.isfinite(each) else ""  # + 0.0: no minus before a zero
+        for each in (estimate.value, estimate.low, estimate.high)
+    )
+    return _minus(f"{value} ({low} to {high})" if low else f"{value} (one seed)")
 
 
 def share(estimate: Estimate) -> str:
     """A share with its interval, in percent."""
     if not math.isfinite(estimate.low):
-        return f"{100 * estimate.value:.1f} %"
+        return _minus(f"{100 * estimate.value:.1f} %")
     low, high = (_minus(f"{100 * value:.1f}") for value in (estimate.low, estimate.high))
-    return f"{100 * estimate.value:.1f} % ({low} to {high})"
+    return _minus(f"{100 * estimate.value:.1f}") + f" % ({low} to {high})"
 
 
 def percent(value: float, digits: int = 3) -> str:

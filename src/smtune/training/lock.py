@@ -5,17 +5,13 @@ Imports `smtune.errors`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from smtune.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 LOCK = ".lock"
 """Stands in the folder while a process trains there, and holds its pid. A killed one leaves the file, but no lock."""
@@ -54,8 +50,7 @@ def _take(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(handle, 20).decode() or "unknown"
             os.close(handle)

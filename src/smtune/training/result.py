@@ -80,7 +80,9 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConf
             model.save_pretrained(str(path), state_dict=state)
         tokenizer.save_pretrained(path)
         (path / "training_args.bin").unlink(missing_ok=True)
-        here, anywhere = resolve(config.model), portable_name(config.model)
+        # An alias is known by its name; a folder by its whole path, so that the adapter works from any other.
+        here = resolve(config.model)
+        anywhere = portable_name(config.model) if config.model in ALIASES else here
         file = path / "adapter_config.json"
         if file.is_file():
             file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")

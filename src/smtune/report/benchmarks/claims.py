@@ -237,6 +237,8 @@ def _faster(suite: Suite) -> tuple[str, str]:
             texts.append(f"{name} takes {float(np.median(theirs) / np.median(mine)):.3f}× SMT's time")
             told = compare(suite.arms.get(USUAL), suite.arms.get(rival))[1]
             verdicts.append(DOES_NOT if told == MISSED else told)
+    if len(verdicts) < 2 and HOLDS in verdicts:
+        return f"{texts[0]}; the other was not measured", OPEN
     worst = next((verdict for verdict in (DOES_NOT, OPEN, HOLDS) if verdict in verdicts), ABSENT)
     return "; ".join(texts), worst
 

@@ -15,7 +15,7 @@ from smtune.maps.layout import Projection, projections
 from smtune.report.benchmarks import claims as cost_claims
 from smtune.report.benchmarks.targets import ABSENT, OPEN
 from smtune.reproduce import numbers
-from smtune.reproduce.cells import Record
+from smtune.reproduce.cells import Record, validated
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.contrasts import contrast, share_of_gap, trend, trends_difference
 from smtune.reproduce.evidence.control import Control, controls
@@ -64,6 +64,9 @@ class OfExperiment:
         return f"`smtune reproduce {self.experiment}`"
 
 
+BEST = "best"
+"""In place of a budget: the one that does best on held-out training rows."""
+
 # Kinds of tests -------------------------------------------------------------------------------------------------------
 
 
@@ -75,7 +78,8 @@ class Better(OfExperiment):
         experiment: of the first arm; its label.
         against: of the second; in `second_experiment` where that is another one.
         family: the task.
-        budget, second_budget: where the label has several.
+        budget, second_budget: where the label has several; of the second, BEST is the one that does best on held-out
+            training rows with the first seed, of those that have been run.
         as_good: the claim is only that it is no more than the margin of a tie worse.
         claimed: the least difference that the paper prints; a tie refutes one of at least a tie's margin.
         gap_from: experiment and label of a third arm: how much of the way from it to the second the first has come.
@@ -86,7 +90,7 @@ class Better(OfExperiment):
     against: str
     family: str
     budget: float | None = None
-    second_budget: float | None = None
+    second_budget: float | str | None = None
     second_experiment: str | None = None
     as_good: bool = False
     claimed: float = TIE
@@ -135,6 +139,7 @@ class Trend(OfExperiment):
         label: in place of `points`, a row over its budgets, by their logarithm to the base ten.
         than: another such row: the claim is that the first rises more.
         rises: False: the claim is that it stays or falls.
+        from_budget: budgets below are left out, as the claim says.
         per: what the slope is by.
     """
 
@@ -144,6 +149,7 @@ class Trend(OfExperiment):
     points: tuple[tuple[str, float], ...] = ()
     than: str = ""
     rises: bool = True
+    from_budget: float = 0.0
     per: str = "tenfold budget"
 
     def judge(self, evidence: Evidence) -> Iterator[Judged]:
@@ -173,7 +179,7 @@ class Trend(OfExperiment):
         for arm in _of_family(results, self.experiment, self.family):
             if arm.arm.model != model or not arm.records:
                 continue
-            if label and arm.label == label:
+            if label and arm.label == label and arm.arm.budget >= self.from_budget:
                 line.append((arm, math.log10(arm.arm.budget)))
             line += [(arm, place) for name, place in self.points if not label and arm.label == name]
         return [arm for arm, _ in line], [place for _, place in line]
@@ -181,7 +187,7 @@ class Trend(OfExperiment):
     def _n_points(self, results: Results) -> int:
         model = next(iter(results.tier.models))
         arms = [arm for arm in _of_family(results, self.experiment, self.family) if arm.arm.model == model]
-        return len(self.points) or sum(arm.label == self.label for arm in arms)
+        return len(self.points) or sum(arm.label == self.label and arm.arm.budget >= self.from_budget for arm in arms)
 
 
 @dataclass(frozen=True)
@@ -355,13 +361,20 @@ def _where(results: Results, arm: Found) -> str:
     return f"{results.tier.name}, {arm.arm.family}" + f", {arm.arm.model}" * several
 
 
-def pick(results: Results, experiment: str, label: str, family: str, budget: float | None = None) -> list[Found]:
+def pick(results: Results, experiment: str, label: str, family: str, budget: float | str | None = None) -> list[Found]:
     """Arms of an experiment by label, family and budget, one for each model."""
     found: dict[str, Found] = {}
     for each in _of_family(results, experiment, family):
-        if each.label == label and budget in (None, each.arm.budget):
-            found.setdefault(each.arm.model, each)
+        if each.label != label or budget not in (None, BEST, each.arm.budget):
+            continue
+        other = found.setdefault(each.arm.model, each)
+        if budget == BEST and each.records and (not other.records or _held_out(each) > _held_out(other)):
+            found[each.arm.model] = each
     return list(found.values())
+
+
+def _held_out(found: Found) -> tuple[float, float]:
+    return validated(found.records[0])
 
 
 def _of_family(results: Results, experiment: str, family: str) -> list[Found]:

@@ -35,12 +35,14 @@ class Found:
         records: at its best learning rate, a seed each; at the best so far while the sweep goes on.
         swept: the first seed's records by learning rate.
         n_seeds: how many the experiment asks of it.
+        tried: learning rates that the first seed was run at, in other experiments too.
     """
 
     arm: Arm
     records: list[Record]
     swept: Mapping[float, Record]
     n_seeds: int
+    tried: frozenset[float] = frozenset()
 
     @property
     def label(self) -> str:
@@ -61,10 +63,15 @@ class Found:
 
     @property
     def edge(self) -> str:
-        """ "smallest" or "largest" where the best rate of a whole sweep stands at that end: not bracketed."""
-        rates = sorted(self.arm.rates)
-        if not self.records or len(rates) == 1 or len(self.swept) < len(rates):
+        """Where the best rate of a whole sweep stands among all that were tried, if it is not bracketed.
+
+        "smallest" or "largest" at that end, "only" where no other was tried.
+        """
+        if not self.records or self.arm.row.method == "base" or len(self.swept) < len(self.arm.rates):
             return ""
+        rates = sorted({*self.arm.rates, *self.tried})
+        if len(rates) == 1:
+            return "only"
         return {rates[0]: "smallest", rates[-1]: "largest"}.get(self.rate, "")
 
     def values(self, name: str) -> dict[int, float]:
@@ -141,8 +148,18 @@ class Results:
         for arm in arms(experiment, self.tier, families, [*declared, *self.further_seeds], base):
             swept = {rate: record for rate, cell in zip(arm.rates, arm.sweep()) if (record := self.find(cell))}
             n_seeds = min(len(arm.seeds), len(declared))
-            found.append(Found(arm, arm.chosen(self.find), swept, n_seeds))
+            tried = self._rates.get(_of_rates({**arm.fixed, "seed": arm.seeds[0]}), frozenset())
+            found.append(Found(arm, arm.chosen(self.find), swept, n_seeds, frozenset(tried)))
         return found
+
+    @cached_property
+    def _rates(self) -> dict[str, set[float]]:
+        """The learning rates of the cells that differ in nothing else."""
+        rates: dict[str, set[float]] = {}
+        for record in self.records.values():
+            config = record["config"]
+            rates.setdefault(_of_rates(config), set()).add(config["learning_rate"])
+        return rates
 
     def tests(self, family: str) -> list[str]:
         """The names of a family's tests, by its cells; none where nothing was trained on it alone."""
@@ -151,6 +168,11 @@ class Results:
             if config["family"] == family and "then" not in config and "tests" in metrics:
                 return list(metrics["tests"])
         return []
+
+
+def _of_rates(config: Mapping[str, Any]) -> str:
+    """A cell's configuration but for its learning rate."""
+    return json.dumps({key: value for key, value in config.items() if key != "learning_rate"}, sort_keys=True)
 
 
 def _most_complete(whole: list[Record]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from smtune.evaluation.statistics import SIGNIFICANT, TIE, Z_80, Z_95, Estimate
@@ -14,7 +15,7 @@ from smtune.reproduce.evidence.contrasts import Contrast, accuracy, contrast
 from smtune.reproduce.evidence.control import GAIN, SOLVED
 from smtune.reproduce.evidence.judges import DOES_NOT, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Evidence
 from smtune.reproduce.evidence.records import Found
-from smtune.reproduce.evidence.tasks import Task, adjusted, is_lost_to_holm, not_run
+from smtune.reproduce.evidence.tasks import LOOKED_AT, Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, trained_share
 from smtune.reproduce.numbers import DASH
@@ -63,7 +64,25 @@ def _drawn_in_short(task: Task, links: Links) -> list[str]:
     return [
         f"  - **{drawn.label}** ({links.cells(task.results, drawn.records)}), points less the other:",
         *[f"    - {text}" for text in _by_verdict(contrasts)],
+        *_looked_at(task, contrasts),
     ]
+
+
+def _looked_at(task: Task, contrasts: Sequence[Contrast]) -> list[str]:
+    """That an arm was found by looking at a seed's tests, and what the other seeds say of it and LoRA."""
+    seen = LOOKED_AT.get((task.results.tier.name, task.family))
+    pair = next((one for one in contrasts if one.second.label == "LoRA on q, k, v"), None)
+    if seen is None or pair is None:
+        return []
+    unseen = contrast(*(_without(found, seen) for found in (pair.first, pair.second)))
+    others = f"; over the other seeds, less {pair.second.label}: {numbers.points(unseen.difference)}" if unseen else ""
+    return [
+        f"    - found by looking at the tests of some thirty variants with seed {seen}, which is among these{others}"
+    ]
+
+
+def _without(found: Found, seed: int) -> Found:
+    return replace(found, records=[record for record in found.records if record["config"]["seed"] != seed])
 
 
 # The control ----------------------------------------------------------------------------------------------------------
@@ -133,7 +152,8 @@ def _rate(found: Found) -> str:
         return DASH
     if found.arm.row.method == "base":
         return found.lacks or DASH
-    notes = [found.lacks, f"the {found.edge} tried: not bracketed" if found.edge else ""]
+    edge = {"": "", "only": "the only one tried"}.get(found.edge, f"the {found.edge} tried: not bracketed")
+    notes = [found.lacks, edge]
     return "; ".join([f"{found.rate:g}", *(note for note in notes if note)])
 
 
@@ -179,12 +199,13 @@ def design_section(tasks: Sequence[Task], links: Links) -> str:
 
 def wins_section(tasks: Sequence[Task], links: Links, pictures: dict[str, str]) -> str:
     """SMT less every other arm, a table for each task."""
-    text = f"""SMT at 0.84 % of the parameters, blocks of q, k and v by abs_of_sum, less every other arm: accuracy in
-    points, mean over seeds, 95 % interval over items (paired) and seeds. Each arm is at its own best learning rate by
-    held-out training rows. *wins*, *loses*: the whole interval is on one side of zero, and p below {SIGNIFICANT}.
-    *ties*: all of it lies within ±{100 * TIE:.0f} points. *undecided*: neither. p (Holm): adjusted for all
-    comparisons of a table. Of an arm with one seed the interval knows the items alone, and is too narrow. Ranks are
-    whole numbers, so LoRA's kin train somewhat more or less than SMT: *trained*."""
+    text = f"""SMT at 0.84 % of the parameters, blocks of q, k and v by abs_of_sum, less every other arm: accuracy
+    in points, mean over seeds, 95 % interval over items (paired) and seeds. Each arm is at the best by held-out
+    training rows of the learning rates it was tried at; *only* marks one that was tried at no other. *wins*,
+    *loses*: the whole interval is on one side of zero, and p below {SIGNIFICANT}. *ties*: all of it lies within
+    ±{100 * TIE:.0f} points. *undecided*: neither. p (Holm): adjusted for all comparisons of a table. Of an arm
+    with one seed the interval knows the items alone, and is too narrow. Ranks are whole numbers, so LoRA's kin
+    train somewhat more or less than SMT: *trained*."""
     parts = []
     for task in tasks:
         if task.smt is None:
@@ -279,6 +300,7 @@ def claims_section(heading: str, text: str, claims: Sequence[Claim], evidence: E
         for word in (HOLDS, DOES_NOT, UNDECIDED, NOT_TESTABLE, NOT_RUN)
         if word in words_found
     )
+    text += " Each line is judged by its own interval and p, not adjusted for the number of lines."
     return section(heading, prose(text), f"{len(claims)} claims, {len(rows)} lines: {counts}.", table(heads, rows))
 
 

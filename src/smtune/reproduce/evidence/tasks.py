@@ -18,7 +18,7 @@ from smtune.reproduce.evidence.judges import Evidence
 from smtune.reproduce.evidence.records import Found, Results
 
 BUDGET = 0.0084
-COMPARED = ("study-methods", "study-criteria", "table2")
+COMPARED = ("study-methods", "study-criteria", "table2", "study-short")
 """The experiments whose arms at `BUDGET` are held against SMT."""
 
 _OF_SMOLLM2 = [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")]
@@ -28,6 +28,8 @@ DRAWN = {
     "real": _OF_SMOLLM2,
 }
 """SMT with its blocks drawn: by tier, experiments and labels, of which the first that a task has counts."""
+LOOKED_AT = {("mini", "math"): 0}
+"""Where what `DRAWN` names was found by looking at tests, of some thirty variants: the seed whose tests were seen."""
 
 
 @dataclass(frozen=True, eq=False)
