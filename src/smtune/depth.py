@@ -61,7 +61,7 @@ def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]
         shape = shape_OI(module)
         if name.startswith(adapted) or shape is None:
             continue
-        if hasattr(module, "base_layer"):  # it stands for the layer that is inside it
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):  # it stands for the layer inside it
             adapted = (*adapted, f"{name}.")
         sizes[_place(name)] = sizes.get(_place(name), 0) + math.prod(shape)
     above: dict[tuple[str, frozenset[str]], int] = {}

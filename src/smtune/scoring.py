@@ -321,7 +321,9 @@ def score(
     block_size = next(iter(targets.values())).grid.block_size
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        noise = {name: torch.rand(target.grid.shape, generator=generator) for name, target in targets.items()}
+        noise = {
+            name: torch.rand(target.grid.shape, generator=generator, device="cpu") for name, target in targets.items()
+        }
         return Scores(noise, block_size=block_size, criterion=criterion)
     if criterion == "weight":
         magnitude = {

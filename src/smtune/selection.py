@@ -164,8 +164,8 @@ class Plan:
             selected = [kinds[row] for row in module.rows]
             places = []
             for kind in dict.fromkeys(kinds):
-                of_kind = torch.arange(grid.n_blocks).view(grid.shape)[_rows_of({kind}, kinds)].flatten()
-                shuffled = of_kind[torch.randperm(len(of_kind), generator=generator)]
+                of_kind = torch.arange(grid.n_blocks, device="cpu").view(grid.shape)[_rows_of({kind}, kinds)].flatten()
+                shuffled = of_kind[torch.randperm(len(of_kind), generator=generator, device="cpu")]
                 places += shuffled[: selected.count(kind)].tolist()
             rows, cols = _split(sorted(places), grid)
             modules[name] = dataclasses.replace(module, rows=rows, cols=cols)
@@ -440,8 +440,8 @@ def _raced(scores: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
             raise InputError(
                 f'Expected scores of at least 0 with the policy "sampled". Got {score.min().item():g} in {name}.'
             )
-        times = torch.empty(score.shape).exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
-        raced[name] = score / times.to(score.device)
+        times = torch.empty(score.shape, device="cpu").exponential_(generator=generator)
+        raced[name] = score / times.clamp_min_(torch.finfo(torch.float32).tiny).to(score.device)
     return raced
 
 

@@ -53,7 +53,7 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     keeps = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     state = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or _is_of_adapter(name):
+        if parameter.requires_grad or is_of_adapter(name):
             value = _master(parameter)
             if keeps:
                 state[name] = value.to("cpu", copy=True)
@@ -66,7 +66,8 @@ def _is_of_blocks(name: str) -> bool:
     return ".smt_blocks." in name
 
 
-def _is_of_adapter(name: str) -> bool:
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter's name says that it came with an adapter: blocks, copies of modules to save, tokens."""
     return _is_of_blocks(name) or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import smtune
 from smtune import InputError, SMTConfig
 from smtune.blocks import BlockGrid, BlockIndex, scatter_
+from smtune.depth import backward_costs
 from smtune.tuner import SMTLinear
 from smtune.tuner.layer import Blocks
 
@@ -395,6 +396,59 @@ def test_a_backward_sees_its_own_forward():
         assert same(gradients(interrupt), expected)
 
 
+def test_a_backward_sees_its_own_forward_through_a_hooked_base():
+    """Such a layer acts beside its weight; blocks that a later forward writes into it do no harm."""
+    model = make_trained()
+    layers = [module for module in model.modules() if isinstance(module, SMTLinear)]
+    hooks = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in layers]
+    loss = model(**BATCH).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(loss, trained, retain_graph=True)
+    for hook in hooks:
+        hook.remove()
+    logits(model)  # writes the blocks into the weights
+    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(loss, trained), expected))
+
+
+def test_what_another_adapter_copied_is_no_part_of_the_budget():
+    config = make_config(criterion="random", budget=0.05)
+    expected = smtune.make_plan(make_base(), None, config)
+    saving = make_config(modules_to_save=["lm_head", "embed_tokens"], target_modules=["o_proj"])
+    model = peft.get_peft_model(make_base(), saving)
+    model.add_adapter("other", config)
+    plan = model.peft_config["other"].get_plan()
+    assert (plan.total_params, plan.n_params) == (expected.total_params, expected.n_params)
+    names = list(expected.modules)
+    base, wrapped = make_base(), model.base_model.model
+    assert backward_costs(wrapped, names) == backward_costs(base, names)
+
+
+def test_a_merged_adapter_is_not_deleted(monkeypatch):
+    monkeypatch.setattr(peft.tuners.tuners_utils, "_check_adapters_not_merged", lambda *_: None, raising=False)  # 0.20
+    model = make_trained()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+    model.unmerge_adapter()
+    model.delete_adapter("default")
+
+
+@pytest.mark.parametrize("layers", [range(1), (0,), {0}])
+def test_numbers_of_layers_are_saved(tmp_path, layers):
+    model = peft.get_peft_model(make_base(), make_config(layers_to_transform=layers))
+    model.save_pretrained(tmp_path)
+    assert smtune.SMTConfig.from_pretrained(tmp_path).layers_to_transform == [0]
+
+
+def test_an_adapter_that_is_refused_leaves_nothing_behind():
+    model = peft.get_peft_model(make_base(), make_config(mode="resident", layers_to_transform=[1]))
+    before = set(model.state_dict())
+    with pytest.raises(InputError, match='Expected mode="resident"'):
+        model.add_adapter("other", make_config(mode="additive"))
+    assert set(model.state_dict()) == before
+    model.add_adapter("other", make_config(mode="resident"))
+
+
 def step(model):
     with torch.no_grad():
         for parameter in model.parameters():
@@ -561,6 +615,17 @@ def test_an_offloaded_model_computes_the_same():
     expected = logits(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_planning_under_a_default_device():
+    for config in (make_config(criterion="random"), make_config(criterion="weight", policy="sampled")):
+        expected = smtune.make_plan(make_base(), None, config)
+        model = make_base()
+        with torch.device("meta"):
+            plan = smtune.make_plan(model, None, config)
+            shuffled = plan.shuffled(1)
+        assert plan.modules == expected.modules
+        assert shuffled == expected.shuffled(1)
 
 
 def test_wrapping_under_a_default_device():

@@ -255,6 +255,14 @@ def test_merge_quantises_anew(folder, kind, tmp_path):
     assert torch.equal(logits(model), expected)
 
 
+def test_what_a_merge_puts_aside_goes_where_the_model_goes(folder):
+    model = tuned(folder, "torchao Int8WeightOnly")
+    model.merge_adapter()
+    model.to("meta")
+    model.unmerge_adapter()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 @support("dequantise, then merge", "the adapter beside the quantised weight")
 @each_kind
 def test_dequantise_then_merge(folder, kind, tmp_path):

@@ -29,7 +29,7 @@ from smtune.reproduce.store import Store
 from smtune.selection import ModulePlan, Plan
 
 N = 200
-TESTS = {"math": "arithmetic", "choice": "comparison"}
+TESTS = {"math": "arithmetic", "choice": "comparison", "comparison": "comparison"}
 SEEDS = len(load_tier("mini").seeds)
 ENVIRONMENT = {"smtune": "0.1.0", "python": "3.11", "device": "cpu", "threads": 1, "packages": {"torch": "2.13.0"}}
 BENCH = Path(__file__).parents[2] / "docs/results/bench.json"
@@ -131,10 +131,13 @@ class Made:
         self.arm("study-control", "untuned", untuned, family=family)
         self.arm("study-control", "Full fine-tuning", full, family=family)
 
+    def read(self):
+        return Results(load_tier(self.request.setting.tier), self.output / self.request.setting.tier)
+
     def results(self, experiment, label, family="math"):
         """An arm as it is found."""
-        results = Results(load_tier(self.request.setting.tier), self.output / self.request.setting.tier)
-        return next(each for each in results.arms(experiment) if (each.label, each.arm.family) == (label, family))
+        arms = self.read().arms(experiment)
+        return next(each for each in arms if (each.label, each.arm.family) == (label, family))
 
     def text(self):
         """The page, written without weights or data; every file that it links to is there."""
@@ -196,6 +199,20 @@ def test_a_rate_that_stands_alone_or_at_an_end_is_said(made):
     assert made.results("study-spread", "LoRA on q, k, v").edge == "largest"
     made.cell(lora.cell(1.0, 0), 20, 10)  # in another experiment
     assert made.results("study-spread", "LoRA on q, k, v").edge == ""
+
+
+def test_an_arm_is_of_the_experiment_that_has_most_seeds_of_it(tmp_path):
+    made = Made(tmp_path, "smollm2")
+    (pruned,) = made.arms("table2", "LoRA, all linear layers", "comparison")
+    for seed in pruned.seeds:
+        made.cell(pruned.cell(pruned.rates[0], seed), 60, items=100)
+    results = made.read()
+    unfinished = results.arms("study-methods")
+    (unfinished,) = [arm for arm in unfinished if dict(arm.arm.fixed) == dict(pruned.fixed)]
+    assert len(unfinished.records) == 1  # of a sweep that goes on
+    found = results.most_run(unfinished)
+    assert len(found.records) == len(pruned.seeds) == 3
+    assert found.label == "LoRA on all linear layers"
 
 
 def test_the_only_rate_tried_is_said(tmp_path):

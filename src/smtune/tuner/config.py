@@ -122,6 +122,8 @@ class SMTConfig(PeftConfig):
             collect(Plan.from_dict, self.plan)
         if faults:
             raise InputError("\n".join(faults))
+        if isinstance(layers, (tuple, set, range)):
+            self.layers_to_transform = sorted(layers)  # as JSON has it
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's own; where a model saves its adapter, the model card gets its part about the blocks too."""

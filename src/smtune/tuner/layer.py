@@ -275,6 +275,8 @@ class SMTLinear(nn.Module, SMTLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
+        for layer in self._put_aside:
+            layer._apply(fn)
         self.prepare()
         return self
 
@@ -401,7 +403,7 @@ class SMTLinear(nn.Module, SMTLayer):
         base = self.base_layer
         if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
-            return additive_block_linear(base(x, *args, **kwargs), x, total, index, take)
+            return self._hooked(additive_block_linear(base(x, *args, **kwargs), x, total, index, take), None)
         self._stand(adapters, total)
         y = block_linear(x, base.weight, base.bias, total, index, take, self._transposed)
         return self._hooked(y, adapters, total)

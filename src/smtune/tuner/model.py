@@ -49,6 +49,7 @@ class SMTModel(BaseTuner):
         # Before anything is replaced; PEFT's own hook for this is not called for a second adapter.
         config = self._complete(model, adapter_name)
         self.check_block_size(adapter_name, config)
+        self.check_mode(model, config)
         if not config.inference_mode:
             check_backward(model)
             keep_trainable(model)
@@ -106,6 +107,19 @@ class SMTModel(BaseTuner):
                     f"{config.block_size} for {adapter_name!r}: make its plan with block_size={other.block_size}."
                 )
 
+    @staticmethod
+    def check_mode(model: nn.Module, config: Any) -> None:
+        """Raises InputError if a layer of `config` has adapters already, and is in another mode."""
+        for name in config.block_map():
+            layer = model.get_submodule(name)
+            if not isinstance(layer, SMTLinear) or config.mode == "auto":
+                continue
+            if (config.mode == "resident") != layer.resident:
+                raise InputError(
+                    f'Expected mode="{layer.extra_repr()}", which the adapters that are there have made of {name}, or '
+                    f'"auto". Got {config.mode!r}.'
+                )
+
     def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
         return peft_config
 
@@ -129,11 +143,6 @@ class SMTModel(BaseTuner):
     ) -> None:
         places = peft_config.block_map()[current_key]
         if isinstance(target, SMTLinear):
-            if peft_config.mode != "auto" and (peft_config.mode == "resident") != target.resident:
-                raise InputError(
-                    f'Expected mode="{target.extra_repr()}", which the adapters that are there have made of '
-                    f'{current_key}, or "auto". Got {peft_config.mode!r}.'
-                )
             target.update_layer(adapter_name, places, peft_config.init_weights)
             return
         layer = self.wrapped(peft_config, target, current_key)
@@ -167,6 +176,11 @@ class SMTModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
+        if any(adapter_name in module.merged_adapters for module in self.modules() if isinstance(module, SMTLinear)):
+            # In the words of peft 0.21; peft 0.20 would go on, and the base be lost.
+            raise InputError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
         was_active = adapter_name in self.active_adapters
         remaining = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)

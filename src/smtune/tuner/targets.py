@@ -20,7 +20,7 @@ from smtune.blocks import BlockGrid, resolve_block_size
 from smtune.errors import InputError, did_you_mean
 from smtune.scoring import Target
 from smtune.selection import MIXED
-from smtune.sharded import whole
+from smtune.sharded import is_of_adapter, whole
 from smtune.tuner.layer import SMTLinear
 from smtune.tuner.quantised import dense_weight, is_quantised
 from smtune.weights import is_transposed, shape_OI, view_OI
@@ -312,7 +312,7 @@ def count_parameters(model: nn.Module) -> int:
     total = 0
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or ".smt_blocks." in f".{name}.":
+            if id(parameter) in seen or is_of_adapter(f".{name}.{parameter_name}"):
                 continue
             seen.add(id(parameter))
             if not (parameter_name == "weight" and is_quantised(module)):

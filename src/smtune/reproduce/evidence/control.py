@@ -62,7 +62,7 @@ def controls(results: Results) -> dict[tuple[str, str], Control]:
     """By model and family."""
     by_task: dict[tuple[str, str], dict[str, Found]] = {}
     for found in results.arms(EXPERIMENT):
-        by_task.setdefault((found.arm.model, found.arm.family), {})[found.arm.row.method] = found
+        by_task.setdefault((found.arm.model, found.arm.family), {})[found.arm.row.method] = results.most_run(found)
     return {
         (model, family): Control(
             model,

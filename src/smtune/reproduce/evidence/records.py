@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from smtune.reproduce.run import CELLS
 from smtune.reproduce.setting import Setting, count_items
 from smtune.reproduce.store import Store
 
+COMPARED = ("study-methods", "study-criteria", "table2", "study-short")
+"""The experiments whose arms are held against SMT. An arm of several is that of the one with most seeds of it."""
 CONTENT = ("data", "weights")
 """Of a cell's configuration, the hashes that only who has the data and the model can make."""
 
@@ -133,6 +135,12 @@ class Results:
         if name not in self._arms:
             self._arms[name] = self._collect(load_experiment(name))
         return self._arms[name]
+
+    def most_run(self, found: Found) -> Found:
+        """The arm as the one of `COMPARED` that has most seeds of it found it, under its own label."""
+        same = [arm for name in COMPARED for arm in self.arms(name) if arm.arm.fixed == found.arm.fixed]
+        best = max([found, *same], key=lambda arm: len(arm.records))
+        return found if best is found else replace(best, arm=replace(best.arm, row=found.arm.row))
 
     def _collect(self, experiment: Experiment) -> list[Found]:
 

@@ -15,11 +15,9 @@ from smtune.reproduce.cells import UNBUDGETED
 from smtune.reproduce.evidence.contrasts import Contrast, Design, contrast, design
 from smtune.reproduce.evidence.control import Control
 from smtune.reproduce.evidence.judges import Evidence
-from smtune.reproduce.evidence.records import Found, Results
+from smtune.reproduce.evidence.records import COMPARED, Found, Results
 
 BUDGET = 0.0084
-COMPARED = ("study-methods", "study-criteria", "table2", "study-short")
-"""The experiments whose arms at `BUDGET` are held against SMT."""
 
 _OF_SMOLLM2 = [("study-short", "SMT, sampled, all linear layers, blocks of 32²"), ("table2", "SMT, sampled")]
 DRAWN = {
@@ -67,7 +65,9 @@ class Task:
     @cached_property
     def smt(self) -> Found | None:
         """SMT itself; None where it has not been run."""
-        return self.arm(COMPARED[0], "SMT")
+        found = next((arm for arm in self.arms(COMPARED[0]) if arm.label == "SMT"), None)
+        found = None if found is None else self.results.most_run(found)
+        return found if found is not None and found.records else None
 
     @cached_property
     def drawn(self) -> Found | None:
@@ -84,7 +84,7 @@ class Task:
             is_smt = (row.method, row.criterion, row.policy, row.shuffled) == ("smt", "abs_of_sum", None, False)
             if row.method == "base" or is_smt or not (row.method in UNBUDGETED or arm.arm.budget == BUDGET):
                 continue
-            rivals.setdefault(json.dumps(arm.arm.fixed, sort_keys=True), arm)
+            rivals.setdefault(json.dumps(arm.arm.fixed, sort_keys=True), self.results.most_run(arm))
         return list(rivals.values())
 
     @cached_property
