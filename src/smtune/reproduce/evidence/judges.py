@@ -18,8 +18,8 @@ from smtune.reproduce import numbers
 from smtune.reproduce.cells import Record, validated
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.contrasts import contrast, share_of_gap, trend, trends_difference
-from smtune.reproduce.evidence.control import Control, controls
-from smtune.reproduce.evidence.records import Found, Results
+from smtune.reproduce.evidence.control import EXPERIMENT, Control, controls
+from smtune.reproduce.evidence.records import COMPARED, Found, Results
 from smtune.selection import Plan
 
 HOLDS, DOES_NOT, UNDECIDED, NOT_TESTABLE = "holds", "does not hold", "undecided", "not testable here"
@@ -380,7 +380,8 @@ def _held_out(found: Found) -> tuple[float, float]:
 def _of_family(results: Results, experiment: str, family: str) -> list[Found]:
     """The arms of an experiment that are of a family, or of the one that stands in for it in the tier."""
     families = (family, results.tier.stand_ins.get(family))
-    return [each for each in results.arms(experiment) if each.arm.family in families]
+    found = [each for each in results.arms(experiment) if each.arm.family in families]
+    return [results.most_run(each) for each in found] if experiment in (*COMPARED, EXPERIMENT) else found
 
 
 def _of_same_model(first: Iterable[Found], second: Iterable[Found]) -> list[tuple[Found, Found]]:
