@@ -33,6 +33,7 @@ from smtune.errors import InputError, did_you_mean
 from smtune.files import let_read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTER_FILE = "adapter_config.json"
 SOURCE_FILE = "source.json"
 
 
@@ -180,16 +181,30 @@ def checkpoint_quantisation(name: str) -> str | None:
 
 def adapter_base(place: str) -> str | None:
     """The base model that the adapter in a folder was made for, or None where the folder is not an adapter's."""
-    path = Path(place) / "adapter_config.json"
+    values = adapter_config(place)
+    if values is None:
+        return None
+    base = values.get("base_model_name_or_path")
+    if not base:
+        raise InputError(
+            f"Expected an adapter that names its base model. {Path(place) / ADAPTER_FILE} has no "
+            "base_model_name_or_path."
+        )
+    return base
+
+
+def adapter_config(place: str | Path) -> dict[str, Any] | None:
+    """The configuration of the PEFT adapter in a folder, or None where the folder is not an adapter's."""
+    path = Path(place) / ADAPTER_FILE
     if not path.is_file():
         return None
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        raise InputError(f"Expected a PEFT adapter. {path} is not a JSON object.") from None
-    if not base:
-        raise InputError(f"Expected an adapter that names its base model. {path} has no base_model_name_or_path.")
-    return base
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"Expected a PEFT adapter. {path} is not a JSON object.")
+    return values
 
 
 def portable_name(name: str) -> str:
@@ -216,7 +231,7 @@ def fingerprint(name: str) -> str:
         return f"{place} ({revision or 'unknown revision'})"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):
+        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", ADAPTER_FILE):
             status = file.stat()
             content = _sha256(file) if status.st_size <= 1 << 29 else f"{status.st_size} {status.st_mtime_ns}"
             digest.update(f"{file.name} {content}\n".encode())
@@ -258,7 +273,7 @@ def _trained_part(folder: Path) -> Path:
         return trained
     if (folder / "config.yaml").is_file():
         raise InputError(f"Expected a finished run. {folder} holds no adapter/ or model/ yet: resume it first.")
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if not any((folder / file).is_file() for file in ("config.json", ADAPTER_FILE)):
         raise InputError(
             f"Expected the folder of a model, an adapter or a run. {folder} has neither config.json, "
             "adapter_config.json nor config.yaml."

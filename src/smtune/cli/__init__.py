@@ -287,6 +287,7 @@ def inspect(
 
 def _find_plan(path: Path) -> Plan:
     """The plan in a file, a run folder, or an adapter's configuration."""
+    from smtune.models import ADAPTER_FILE, adapter_config
     from smtune.selection import Plan
 
     if not path.exists():
@@ -296,26 +297,15 @@ def _find_plan(path: Path) -> Plan:
     if (path / "plan.json").is_file():
         return Plan.load(path / "plan.json")
     for folder in (path, path / "adapter"):
-        file = folder / "adapter_config.json"
-        if file.is_file():
-            values = _read_object(file)
+        values = adapter_config(folder)
+        if values is not None:
             if values.get("peft_type") != "SMT":
                 raise InputError(
-                    f"Expected an SMT adapter: `inspect` shows where blocks are. {file} is of type "
+                    f"Expected an SMT adapter: `inspect` shows where blocks are. {folder / ADAPTER_FILE} is of type "
                     f"{values.get('peft_type')}."
                 )
             return Plan.from_dict(values.get("plan") or {})
     raise InputError(f"Expected a plan, an adapter or a run. {path} has neither plan.json nor adapter_config.json.")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise InputError(f"Expected an adapter's configuration. {file} is not a JSON object.")
-    return values
 
 
 @app.command(name="demo")

@@ -97,9 +97,14 @@ def _expected(result: Result) -> int:
     return sum(arm.n_cells for arm in result.arms)
 
 
-def _missing_row(result: Result, width: int) -> list[list[str]]:
+def _incomplete(result: Result) -> str:
+    """As "30 of 36 cells"; "" where all have been run."""
     there, expected = sum(result.counts), _expected(result)
-    texts = [f"**incomplete: {there} of {expected} cells**"] if there < expected else []
+    return f"{there} of {expected} cells" if there < expected else ""
+
+
+def _missing_row(result: Result, width: int) -> list[list[str]]:
+    texts = [f"**incomplete: {part}**"] if (part := _incomplete(result)) else []
     if result.request.is_cut:
         texts.append("**a trial, not a result**")
     return [[text, *[""] * (width - 1)] for text in texts]
@@ -449,8 +454,7 @@ FIGURES: dict[str, Callable[[Result, Path], list[Path]]] = {
 def title_of(result: Result) -> str:
     """Of a picture: the experiment's, and what must be said of it as in its table."""
     trial = "A trial, not a result: " if result.request.is_cut else ""
-    there, expected = sum(result.counts), _expected(result)
-    part = f" ({there} of {expected} cells)" if there < expected else ""
+    part = f" ({part})" if (part := _incomplete(result)) else ""
     return f"{trial}{result.experiment.title}{part}"
 
 

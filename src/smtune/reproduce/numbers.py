@@ -31,8 +31,7 @@ def share(estimate: Estimate) -> str:
     """A share with its interval, in percent."""
     if not math.isfinite(estimate.low):
         return _minus(f"{100 * estimate.value:.1f} %")
-    low, high = (_minus(f"{100 * value:.1f}") for value in (estimate.low, estimate.high))
-    return _minus(f"{100 * estimate.value:.1f}") + f" % ({low} to {high})"
+    return _minus(f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})")
 
 
 def percent(value: float, digits: int = 3) -> str:

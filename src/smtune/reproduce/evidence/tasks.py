@@ -65,9 +65,8 @@ class Task:
     @cached_property
     def smt(self) -> Found | None:
         """SMT itself; None where it has not been run."""
-        found = next((arm for arm in self.arms(COMPARED[0]) if arm.label == "SMT"), None)
-        found = None if found is None else self.results.most_run(found)
-        return found if found is not None and found.records else None
+        found = self.arm(COMPARED[0], "SMT")
+        return None if found is None else self.results.most_run(found)
 
     @cached_property
     def drawn(self) -> Found | None:
