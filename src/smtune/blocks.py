@@ -172,7 +172,8 @@ def tile(weight: Tensor, block_size: int) -> Tensor:
     Returns:
         (R, C, l, l), a view: writing to it writes to the weight.
     """
-    return weight.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size)).permute(0, 2, 1, 3)
+    rows, cols = weight.shape
+    return weight.view(rows // block_size, block_size, cols // block_size, block_size).transpose(1, 2)
 
 
 def gather(weight: Tensor, index: BlockIndex) -> Tensor:
@@ -184,7 +185,7 @@ def gather(weight: Tensor, index: BlockIndex) -> Tensor:
 def scatter_(weight: Tensor, index: BlockIndex, blocks: Tensor) -> Tensor:
     """Write blocks (m, l, l) over the indexed places of `weight`, rounding to its dtype. Returns `weight`."""
     rows, cols = index.on(weight.device)
-    tile(weight, index.grid.block_size)[rows, cols] = blocks.to(weight.dtype)
+    tile(weight, index.grid.block_size).index_put_((rows, cols), blocks.to(weight.dtype))
     return weight
 
 

@@ -549,6 +549,17 @@ def test_memory_below_lora_holds_where_it_does(results):
     assert verdicts(results, "counted peak memory at or below LoRA")["layers7b-float32-1024"] == HOLDS
 
 
+def test_a_missed_share_of_full_names_the_floors_own(results):
+    results = copy.deepcopy(results)
+    full = arms(results)["full"]["peak_tensor_bytes"]
+    arms(results)["floor"]["peak_tensor_bytes"] = full * 0.55
+    arms(results)["smt-0.84"]["peak_tensor_bytes"] = full * 0.6
+    row = next(row for row in targets(results) if row.what.startswith("counted peak memory at most"))
+    assert (row.where, row.verdict) == ("layers7b-float32-1024", MISSED)
+    assert row.measured.startswith("SMT 0.84 % 60.0 %")
+    assert row.measured.endswith("; the floor itself 55.0 %")
+
+
 @pytest.mark.parametrize(("seconds", "verdict"), [(0.099, HOLDS), (0.101, MISSED)])
 def test_switching_is_judged_on_the_embedded_model(results, seconds, verdict):
     results = copy.deepcopy(results)

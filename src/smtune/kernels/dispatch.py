@@ -43,16 +43,16 @@ def block_grad(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
             f"Expected grad_y and x with the same leading dims and dtype. Got {tuple(grad_y_NO.shape)} "
             f"{grad_y_NO.dtype} and {tuple(x_NI.shape)} {x_NI.dtype}."
         )
-    return _block_grad(grad_y_NO, x_NI, index.pairs, grid.block_size)
+    return _flat_block_grad(grad_y_NO, x_NI, index.pairs, grid.block_size)
 
 
 def block_grad_compact(grad_y_NO: Tensor, x_used: Tensor, index: BlockIndex) -> Tensor:
     """As `block_grad`, from `x_used`: only the kept columns of x, (..., U·l), in the order of `index.columns`."""
-    return _block_grad(grad_y_NO, x_used, index.compact_pairs, index.grid.block_size)
+    return _flat_block_grad(grad_y_NO, x_used, index.compact_pairs, index.grid.block_size)
 
 
-def _block_grad(grad_y: Tensor, x: Tensor, pairs: Sequence[tuple[int, int]], block_size: int) -> Tensor:
-    return _block_grad_op(flatten(grad_y), flatten(x), *_sides(pairs), block_size)
+def _flat_block_grad(grad_y: Tensor, x: Tensor, pairs: Sequence[tuple[int, int]], block_size: int) -> Tensor:
+    return torch.ops.smtune.block_grad(flatten(grad_y), flatten(x), *_sides(pairs), block_size)
 
 
 def block_product_(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, transpose: bool = False) -> Tensor:
@@ -82,21 +82,29 @@ def _sides(pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
 # them, since a compiler can trace neither the making in a backward nor a cache that another step has filled.
 
 
-@torch.library.custom_op("smtune::block_grad", mutates_args=())
-def _block_grad_op(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
+def _block_grad(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
     return block_grad_loop(grad_y, x, list(zip(rows, cols)), block_size)
 
 
-@_block_grad_op.register_kernel("cuda")
 def _block_grad_gpu(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
     triton = _triton_kernels(x, block_size)
     run = triton.block_grad_triton if triton else block_grad_loop
     return run(grad_y, x, tuple(zip(rows, cols)), block_size)
 
 
-@_block_grad_op.register_fake
-def _(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
+def _block_grad_fake(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
     return x.new_empty(len(rows), block_size, block_size, dtype=accumulation_dtype(x.dtype))
+
+
+# Not a `custom_op`: those bring an autograd of their own to every call, and this runs in backwards alone.
+torch.library.define(
+    "smtune::block_grad",
+    "(Tensor grad_y, Tensor x, int[] rows, int[] cols, int block_size) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("smtune::block_grad", "default", _block_grad)
+torch.library.impl("smtune::block_grad", "cuda", _block_grad_gpu)
+torch.library.register_fake("smtune::block_grad", _block_grad_fake)
 
 
 @register_flop_formula(torch.ops.smtune.block_grad)

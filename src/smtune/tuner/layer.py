@@ -364,8 +364,8 @@ class SMTLinear(nn.Module, SMTLayer):
         assert self.smt_originals is not None
         positions = adapters.positions(self._union)
         originals = self.smt_originals if positions is None else self.smt_originals[positions]
-        dtype = torch.promote_types(total.dtype, torch.float32)
-        return (originals.to(dtype) + total.detach()).to(self.base_layer.weight.dtype)
+        total = total.detach().to(torch.promote_types(total.dtype, torch.float32))
+        return torch.add(total, originals).to(self.base_layer.weight.dtype)
 
     def restore(self) -> None:
         """Take resident blocks out of W, if there are any: it is the base again, bit for bit."""

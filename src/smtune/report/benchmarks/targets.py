@@ -286,7 +286,11 @@ def _peak_full(suite: Suite) -> tuple[str, str]:
         mine = get(suite.arms.get(name), "peak_tensor_bytes")
         if mine and full:
             parts[words.arm(name)] = (words.percent(mine / full), _holds(mine <= FAR_BELOW * full))
-    return _joined(parts)
+    text, verdict = _joined(parts)
+    floor = get(suite.floor, "peak_tensor_bytes")
+    if verdict == MISSED and floor and full:
+        text += f"; the floor itself {words.percent(floor / full)}"
+    return text, verdict
 
 
 # -- 4: growth -------------------------------------------------------------------------------------------------------
