@@ -219,7 +219,6 @@ def made_up():
                 "rounds": [{"floor": 2.5, "dense": 2.8, "score": 2.9 + 0.01 * k} for k in range(6)],
                 "flops": {"floor": 100, "dense": 112, "score": 112},
                 "accumulator_bytes": QKV * 8,
-                "largest_gradient_bytes": 4 * 4096**2,
                 "peak_rss_bytes": 3 * 2**30,
             }
         )
@@ -429,7 +428,12 @@ def test_any_kind_may_be_missing_and_the_page_says_so(results, tmp_path, kind):
     only = {"format": 1, "records": kept}
     files = write_report(only, tmp_path / "page.md")
     missing = next(row[""] for row in _facts(files[0].read_text(encoding="utf-8")) if row["what"] == "not measured")
-    assert missing == "; ".join(name for other, name in KINDS.items() if other != kind)
+    kinds = "; ".join(name for other, name in KINDS.items() if other != kind)
+    if kind == "arm":  # the first of the file: a suite with a floor alone, or with few arms
+        assert missing.startswith(f"{kinds}; layers7b-bfloat16-1024: ")
+        assert missing.endswith(", appendix-a, full")
+    else:
+        assert missing == kinds
     if kind is None:
         assert len(files) == 1
         assert {row.verdict for row in targets(only)} == {ABSENT}

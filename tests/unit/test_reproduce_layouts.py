@@ -86,7 +86,7 @@ def test_a_difference_that_may_be_anything_is_undecided(tmp_path):
             save(store, arm.cell(1e-3, seed), right)
     page = page_of(made, request, store, tmp_path)
     assert "*undecided*" in line(page, "LoRA")
-    assert "| 2 of 2 | 2 of 2 |" in line(page, "LoRA")
+    assert "| 2 of 5 | 2 of 2 |" in line(page, "LoRA")
     low, high = map(float, re.search(r"51\.2 \(([\d.]+) to ([\d.]+)\)", line(page, "LoRA")).groups())
     assert high - low > 50  # two seeds that differ by 22 points say little
 
@@ -97,8 +97,8 @@ def test_what_is_missing_stands_in_the_table(tmp_path):
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     page = page_of(made, request, store, tmp_path)
     assert "| **incomplete: 1 of 6 cells** |" in page
-    assert "| 1 of 3 | 1 of 3 |" in line(page, "SMT")
-    assert "| 0 of 3 | 0 of 3 |" in line(page, "LoRA")
+    assert "| 1 of 5 | 1 of 3 |" in line(page, "SMT")
+    assert "| 0 of 5 | 0 of 3 |" in line(page, "LoRA")
     rows = list(csv.reader((tmp_path / "pages/made.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[-1][:2] == ["smtune", "**incomplete: 1 of 6 cells**"]
 
@@ -126,6 +126,7 @@ def test_leaked_tests_are_marked_and_left_out_of_a_second_average(tmp_path):
     shown = line(page, "SMT")
     assert re.search(r"\| 100\.0 \| 50\.0 \| 75\.0 \(.*?\) \| 50\.0 \(45\.1 to 54\.9\) \|", shown)
     assert "† questions of AddSub are among the training rows too" in page
+    assert "Test questions that are among the training rows, by normalised text: 3 of *math*." in page
 
 
 def test_the_papers_numbers_stand_apart(tmp_path):
@@ -226,8 +227,29 @@ def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):
     for arm in request.arms(made):
         save(store, arm.sweep()[0], 200)
     page = page_of(made, request, store, tmp_path)
-    assert "a pruned sweep: rates 0.003; of full 1e-05; 1 seed." in page
+    said = "**Pruned**, of the tier's 5 learning rates and 5 seeds: rates 0.003; of full 1e-05; 1 seed."
+    assert page.index(said) < page.index("| model | method |")
     assert "Rates of their own: SMT 0.001." in page
+
+
+def test_a_page_that_is_not_pruned_names_the_rates_of_its_rows_too(tmp_path):
+    made = experiment(row("SMT"), Row(label="LoRA", method="lora"))
+    request, store = Request(["made"], Setting("mini")), Store(tmp_path)
+    save(store, request.arms(made)[0].sweep()[0], 200)
+    page = page_of(made, request, store, tmp_path)
+    assert "Pruned" not in page
+    assert "Rates of their own: SMT 0.001." in page
+
+
+def test_seeds_are_counted_against_those_declared(tmp_path):
+    made = experiment(row("SMT"), Row(label="untuned", method="base"))
+    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    smt, untuned = request.arms(made)
+    save(store, smt.cell(1e-3, 0), 200, finite=False)
+    save(store, untuned.sweep()[0], 100)
+    page = page_of(made, request, store, tmp_path)
+    assert "| 1 of 5, 1 stopped at a loss that is not finite | 1 of 1 |" in line(page, "SMT")
+    assert "| 1 of 1 | 1 of 1 |" in line(page, "untuned")
 
 
 @pytest.mark.parametrize(("items", "judged_by", "values"), [(N, "accuracy", [0.5, 0.25]), (0, "loss", [0.7, 0.9])])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from smtune.data import question_key
 from smtune.errors import InputError
+from smtune.reproduce.cells import arms
 from smtune.reproduce.declared import SCALES, Pruned, load_experiment, load_tier
-from smtune.reproduce.setting import Setting, count_items
+from smtune.reproduce.setting import Setting, count_items, load_data
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,31 @@ def test_a_figure_leaves_out_what_its_table_does():
 def test_what_is_pruned_says_so():
     rates = {"default": [3e-3], "full": [1e-5, 3e-5]}
     assert str(Pruned(seeds=3, learning_rates=rates)) == "rates 0.003; of full 1e-05, 3e-05; 3 seeds"
+    assert str(Pruned(seeds=[5, 6], learning_rates={})) == "rates named by row; seeds 5, 6"
+
+
+def test_tests_that_nobody_has_looked_at_are_others_of_the_same_kind():
+    looked_at, unseen = (load_data(Setting("mini", items=20), family).tests for family in ("math", "unseen-math"))
+    assert {item.task.name for item in unseen} == {"arithmetic"}
+    assert [item.index for item in unseen] == list(range(500, 520))
+    first = load_data(Setting("mini"), "math").tests
+    assert first[:20] == looked_at
+    assert not {question_key(item.instruction) for item in first} & {question_key(item.instruction) for item in unseen}
+
+
+def test_nothing_else_changes_for_tests_that_nobody_has_looked_at():
+    math, unseen = (load_data(Setting("mini", items=20), family).identity for family in ("math", "unseen-math"))
+    assert {key for key in math if math[key] != unseen[key]} == {"tests"}
+    experiment = load_experiment("study-unseen")
+    assert load_tier("mini").seeds_of(experiment) == [5, 6, 7, 8, 9]
+    assert load_tier("smollm2").families_of(experiment) == []
+
+
+def test_a_row_may_be_of_one_family_alone():
+    experiment, tier = load_experiment("study-unseen"), load_tier("mini")
+    found = arms(experiment, tier, tier.families_of(experiment), None, lambda model, family: {})
+    rates = {arm.family: arm.rates for arm in found if arm.row.label == "control: random blocks"}
+    assert rates == {"unseen-math": [0.03], "unseen-choice": [0.1]}
 
 
 def test_a_group_of_tests_counts_as_many_items_as_its_tests():

@@ -113,7 +113,6 @@ def scoring(
         "rss_before_bytes": rss_before,
         "peak_rss_bytes": peak,
         "accumulator_bytes": kept * itemsize,
-        "largest_gradient_bytes": 0 if criterion == "net" else max(weight.numel() for weight in weights) * 4,
     }
 
 

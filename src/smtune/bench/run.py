@@ -73,6 +73,10 @@ def groups(series: Series, cases: Sequence[Case], memory: float) -> Iterator[lis
     yield from ([case] for case in alone)
 
 
+BESIDE = ("flops", "saved_bytes", "peak_tensor_bytes", "peak_rss_bytes")
+"""What an arm's record keeps of the floor that ran beside it."""
+
+
 class _Group:
     """Processes that are there at the same time."""
 
@@ -100,7 +104,7 @@ class _Group:
             floor = self._finish("floor", {"rounds": [], "steps": floor_steps})
             if self.series.kind == "arm" and not self.results.has(floor):
                 self._keep(floor)
-            counted = {f"floor_{name}": floor[name] for name in ("flops", "saved_bytes", "peak_tensor_bytes")}
+            counted = {f"floor_{name}": floor[name] for name in BESIDE}
             for name in [name for name in self.children if name != "floor"]:
                 try:
                     record = self._finish(name, {"rounds": rounds[name], **counted})

@@ -134,6 +134,8 @@ def arms(
             for row in experiment.rows_at(tier.scale):
                 if row.models is not None and model not in row.models:
                     continue
+                if row.families is not None and family not in row.families:
+                    continue
                 for budget in [1.0] if row.method in UNBUDGETED else row.budgets:
                     other = row.then or row.scored_on
                     further = base(model, other).get("data") if other is not None else None

@@ -38,6 +38,7 @@ STUDY_PARTS = [
         "better",
         "spread",
         "fine",
+        "unseen",
     )
 ]
 """The parts of the study in their order: first that there is something to see."""
@@ -89,7 +90,7 @@ class Row(_Section):
         dense_warmup: of SMT: score in steps of full fine-tuning, as the released code does, and keep or undo them.
         scored_on: of SMT: score with the rows of another family. half: with one half of the rows, every second one.
         then: a family to train on afterwards, in the same way; both are tested.
-        models: of the tier's models, by name. None: all.
+        models: of the tier's models, by name. families: of the experiment's. None: all.
         learning_rates: None: the tier's for this method.
     """
 
@@ -111,6 +112,7 @@ class Row(_Section):
     half: Literal[1, 2] | None = None
     then: str | None = None
     models: list[str] | None = None
+    families: list[str] | None = None
     learning_rates: list[float] | None = None
 
 
@@ -130,21 +132,24 @@ class Pruned(_Section):
     """Fewer seeds and learning rates than the tier's, since other experiments have shown where to look.
 
     Attributes:
-        seeds: the first so many of the tier's.
+        seeds: the first so many of the tier's, or those named.
         learning_rates: of rows that name none of their own, by method; "default" for the others.
         tiers: where it is so; elsewhere all of the tier's are run.
     """
 
-    seeds: Count
+    seeds: Count | list[int]
     learning_rates: dict[str, list[float]]
     tiers: list[str] = ["mini", "smollm2"]
 
     def __str__(self) -> str:
-        """As "rates 0.003, 0.01; of full 3e-05; 3 seeds"."""
+        """As "rates 0.003, 0.01; of full 3e-05; 3 seeds", or "rates named by row; seeds 5, 6"."""
         by_method = {method: rates_text(rates) for method, rates in self.learning_rates.items()}
         others = [f"of {method} {rates}" for method, rates in by_method.items() if method != "default"]
-        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
-        return f"rates {'; '.join([by_method['default'], *others])}; {seeds}"
+        if isinstance(self.seeds, list):
+            seeds = f"seeds {', '.join(map(str, self.seeds))}"
+        else:
+            seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        return f"rates {'; '.join([by_method.get('default', 'named by row'), *others])}; {seeds}"
 
 
 class Experiment(_Section):
@@ -230,6 +235,7 @@ class Family(_Section):
     Attributes:
         train: sources to train on. tests: by name.
         other_text: sources of another text, whose loss tells what is forgotten.
+        skip: so many of the items that procedural tests begin with, for tests that nobody has looked at.
         chance: the share of the tests that blind guessing gets.
         size: for the dry run.
     """
@@ -237,6 +243,7 @@ class Family(_Section):
     train: list[str]
     tests: list[str]
     other_text: list[str] = []
+    skip: Annotated[int, Field(ge=0)] = 0
     chance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     size: Size = Size(rows=1, tokens=1, items=1, answer_tokens=1)
 
@@ -316,15 +323,17 @@ class Tier(_Section):
         return row.learning_rates or by_method.get(row.method) or by_method["default"]
 
     def others(self, families: Sequence[str]) -> list[str]:
-        """What else may be forgotten: families other than these, stand-ins, and those of a folder, which may lack
-        them."""
-        there = [name for name, family in self.families.items() if not any(map(is_file, family.train))]
+        """What else may be forgotten: families other than these, stand-ins, further items of the same tests, and those
+        of a folder, which may lack them."""
+        there = [name for name, one in self.families.items() if not (one.skip or any(map(is_file, one.train)))]
         return [name for name in there if name not in (*families, *self.stand_ins.values())]
 
     def seeds_of(self, experiment: Experiment) -> list[int]:
         """The seeds that an experiment runs with if it is not told which."""
         pruned = self.pruned(experiment)
-        return self.seeds[: pruned.seeds] if pruned else self.seeds
+        if pruned is None:
+            return self.seeds
+        return pruned.seeds if isinstance(pruned.seeds, list) else self.seeds[: pruned.seeds]
 
     def tasks(self, has_folder: bool) -> dict[str, Family]:
         """The families, where a folder of data is given or where there is none."""

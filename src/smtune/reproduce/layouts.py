@@ -78,6 +78,7 @@ def render(result: Result, folder: Path) -> list[Path]:
         _trial(result),
         f"## Ours: {result.request.setting.declared.title}",
         _stand_ins(result),
+        _pruned(result),
         table(heads, shown),
         extra,
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
@@ -131,35 +132,52 @@ def _stand_ins(result: Result) -> str:
     )
 
 
+def _pruned(result: Result) -> str:
+    """Above the table: what of the tier's seeds and learning rates an experiment leaves out."""
+    tier = result.request.setting.declared
+    pruned = tier.pruned(result.experiment)
+    if pruned is None or result.experiment.kind != "train":
+        return ""
+    of = f"{len(tier.learning_rates['default'])} learning rates and {len(tier.seeds)} seeds"
+    return f"**Pruned**, of the tier's {of}: {pruned}."
+
+
 def _how(result: Result) -> str:
     """How the numbers came about, in a few sentences."""
     if result.experiment.kind != "train":
         return ""
     tier = result.request.setting.declared
     recipe = tier.recipe
-    pruned = tier.pruned(result.experiment)
-    sweep = f"rows; a pruned sweep: {pruned}" if pruned else "rows"
     length = f"{result.request.setting.steps or recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
     text = (
         "Accuracy in percent, mean over the seeds there are; in parentheses 95 % intervals over items and, where there "
         "are several, seeds. "
         "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
         f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
-        f"{sweep}. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
+        "rows. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
         "whole interval lies within ±2 points, *undecided* where it holds zero and more or p is 0.05 and more. "
         "*other text*: loss on held-out text of another kind."
     )
-    if pruned:
-        swept = [f"{_name(arm, result)} {rates_text(arm.rates)}" for arm in result.arms if arm.row.learning_rates]
-        if swept:
-            text += f" Rates of their own: {'; '.join(dict.fromkeys(swept))}."
+    swept = [f"{_name(arm, result)} {rates_text(arm.rates)}" for arm in result.arms if arm.row.learning_rates]
+    if swept:
+        text += f" Rates of their own: {'; '.join(dict.fromkeys(swept))}."
     own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
     if own:
         text += f" Steps of their own: {', '.join(own)}."
     leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
     if leaked:
         text += f" † questions of {', '.join(leaked)} are among the training rows too."
-    return text
+    return text + _overlap_text(result)
+
+
+def _overlap_text(result: Result) -> str:
+    """How many test questions are among the training rows, by what each family's cells counted."""
+    counted = {arm.family: records[0].get("overlap") for arm, records in result.present}
+    totals = {family: sum(overlap.values()) for family, overlap in counted.items() if overlap is not None}
+    if not totals:
+        return ""
+    by_family = ", ".join(f"{total} of *{family}*" for family, total in totals.items())
+    return f" Test questions that are among the training rows, by normalised text: {by_family}."
 
 
 def _published(experiment: Experiment) -> str:
@@ -182,7 +200,7 @@ def _accuracy(result: Result) -> Table:
     rows = []
     for arm, records, count in zip(result.arms, result.found, result.counts):
         row = [*[arm.family] * several, arm.model, arm.row.label]
-        ends = [f"{len(records)} of {len(arm.seeds)}", f"{count} of {arm.n_cells}"]
+        ends = [_seeds(arm, records, result), f"{count} of {arm.n_cells}"]
         if not records:
             rows.append([*row, *[DASH] * (len(heads) - len(row) - 2), *ends])
             continue
@@ -199,6 +217,15 @@ def _accuracy(result: Result) -> Table:
         row += [_against(arm, records, result), f"{fmean(other):.3f}" if None not in other else DASH]
         rows.append([*row, *ends])
     return heads, rows
+
+
+def _seeds(arm: Arm, records: list[Record], result: Result) -> str:
+    """As "3 of 5": of those declared, or asked for if these are more; and how many runs ended early."""
+    declared = result.request.setting.declared.seeds_of(result.experiment)
+    n_stopped = sum(not record["metrics"].get("finite", True) for record in records)
+    stopped = f", {n_stopped} stopped at a loss that is not finite" * (n_stopped > 0)
+    n_asked = len(arm.seeds) if arm.row.method == "base" else max(len(arm.seeds), len(declared))
+    return f"{len(records)} of {n_asked}{stopped}"
 
 
 def _scaling(result: Result) -> Table:

@@ -161,7 +161,7 @@ def load_data(setting: Setting, family: str) -> Data:
     train = [row for row in train if question_key(str(row.get("instruction"))) not in asked]
     limit = setting.items or tier.evaluation.items
     folder = None if setting.data is None else _tests_folder(Path(setting.data), tier)
-    tests = [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit)]
+    tests = [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit, declared.skip)]
     validation_items = [
         Item(TASKS[row["task"]], place, row["instruction"], row.get("input") or "", str(row["answer"]))
         for place, row in enumerate(validation)
@@ -225,11 +225,11 @@ def _tests_folder(folder: Path, tier: Tier) -> Path:
     return tests if tests.is_dir() else folder / LLM_ADAPTERS
 
 
-def _items(task: Task, folder: Path | None, limit: int | None) -> list[Item]:
+def _items(task: Task, folder: Path | None, limit: int | None, skip: int = 0) -> list[Item]:
     if limit is None or task.name not in PROCEDURAL:
         return load_items(task, folder, limit)
-    rows = PROCEDURAL[task.name](limit, split="test")
-    return [Item(task, place, row["instruction"], row["input"], row["answer"]) for place, row in enumerate(rows)]
+    rows = list(enumerate(PROCEDURAL[task.name](skip + limit, split="test")))[skip:]
+    return [Item(task, place, row["instruction"], row["input"], row["answer"]) for place, row in rows]
 
 
 def _question(item: Item) -> Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from smtune.bench.suites import ARMS
 from smtune.report.benchmarks import words
 from smtune.report.benchmarks.markdown import Pictures, prose, section, table, verdict
 from smtune.report.benchmarks.paper_sections import claims_section, table1_section
@@ -71,12 +72,21 @@ def _measured(results: Record) -> str:
         ("versions", versions or words.DASH),
         ("how busy", _load(results)),
         ("spread", _spreads(results)),
-        ("not measured", "; ".join(name for kind, name in KINDS.items() if not of_kind(results, kind)) or "–"),
+        ("not measured", _not_measured(results)),
     ]
     text = """This page is written by `smtune bench` from its records; no number and no verdict is typed in. What a step
     of SMT costs is held against the *floor*, and against what a user would pick instead. The floor is a frozen
     model's forward, and the gradient of its activations down to the lowest adapted layer: what any adapter pays."""
     return section("# Benchmarks", prose(text), table(("", ""), rows))
+
+
+def _not_measured(results: Record) -> str:
+    """Kinds of records that there are none of, and by suite the arms, as `--arms` names them."""
+    texts = [name for kind, name in KINDS.items() if not of_kind(results, kind)]
+    for suite in suites(results):
+        missing = [name for name in ARMS if name not in suite.arms]
+        texts += [f"{suite.name}: {', '.join(missing)}"] * bool(missing)
+    return "; ".join(texts) or "–"
 
 
 def _load(results: Record) -> str:

@@ -67,10 +67,13 @@ def cost_aware_section(results: Record, pictures: Pictures) -> str:
         row += [words.percent(record.get("backward_cost")), words.percent(record.get("score_kept"))]
         row += [words.DASH if lowest is None else str(lowest), words.with_quartiles(spread(step_ratios(record)))]
         of = measured.get(cost) if cost is not None else None
-        row += [words.ratio(of.held_out_loss), f"{of.right} of {of.of}" if of.of else words.DASH] if of else []
+        if of is not None:
+            row += [words.count(record.get("blocks")), words.count(of.blocks), words.percent(of.score_kept)]
+            row += [words.ratio(of.held_out_loss), f"{of.right} of {of.of}" if of.of else words.DASH, str(of.runs)]
         rows.append(row)
     heads = ["suite", "max_backward_cost", "counted backward", "score kept", "lowest layer", "step / floor"]
-    heads += ["held-out loss", "right"] if measured else []
+    if measured:
+        heads += ["blocks timed", "blocks trained", "their score kept", "held-out loss", "right", "runs"]
     text = """A plan that leaves the lowest layers whole has a backward that ends above them. *max_backward_cost* is the
     share of the whole chain of dX that a plan may cost; the floor here is that of the whole chain. The score kept
     is over that of the plan without such a limit."""
@@ -88,12 +91,12 @@ def scoring_section(results: Record) -> str:
             continue
         row += [words.with_quartiles(spread(values)) for values in scoring_ratios(record).values()]
         row.append(words.ratio(over(_flops(record, "score"), _flops(record, "dense"))))
-        sizes = ("accumulator_bytes", "largest_gradient_bytes", "peak_rss_bytes")
+        sizes = ("accumulator_bytes", "peak_rss_bytes")
         rows.append([*row, *(words.size(record.get(key)) for key in sizes)])
     text = f"""One warm-up batch, against the floor and against *dense*: the floor with the dense gradients of the
     targeted weights, by ordinary autograd. The target is at most {SCORING} of dense."""
     heads = ("suite", "criterion", "accumulator", "score / floor", "dense / floor", "score / dense")
-    heads += ("FLOPs, score / dense", "accumulators", "largest gradient", "peak of the process")
+    heads += ("FLOPs, score / dense", "accumulators", "peak of the process")
     return section("## Scoring", prose(text), table(heads, rows)) if rows else ""
 
 

@@ -218,16 +218,33 @@ def difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray)
     return Estimate(float(np.median(a) - np.median(b)), float(low), float(high))
 
 
+def ratio(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Estimate | None:
+    """Median of a over median of b, likewise; None too where draws of b reach zero."""
+    if min(len(a), len(b)) < MIN_PAIRS:
+        return None
+    divisors = resampled_medians(b, seed=1)
+    if not (divisors > 0).all():
+        return None
+    low, high = np.quantile(resampled_medians(a, seed=0) / divisors, (0.025, 0.975))
+    return Estimate(float(np.median(a) / np.median(b)), float(low), float(high))
+
+
 # -- quality -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What training by one plan came to, over its runs: mean held-out loss, and items right of all."""
+    """What training by one plan came to, over its runs: mean held-out loss, and items right of all.
+
+    The plan need not be the one that is timed: `blocks` and `score_kept` are its own.
+    """
 
     held_out_loss: float | None
     right: int
     of: int
+    runs: int
+    blocks: int | None = None
+    score_kept: float | None = None
 
 
 def quality(results: Record) -> dict[float, Quality]:
@@ -241,5 +258,6 @@ def quality(results: Record) -> dict[float, Quality]:
         losses = [row["held_out_loss"] for row in of if row.get("held_out_loss") is not None]
         scored = [row for row in of if row.get("right") is not None and row.get("of")]
         loss = float(np.mean(losses)) if losses else None
-        found[cost] = Quality(loss, sum(row["right"] for row in scored), sum(row["of"] for row in scored))
+        right, items = (sum(row[key] for row in scored) for key in ("right", "of"))
+        found[cost] = Quality(loss, right, items, len(of), of[0].get("blocks"), of[0].get("score_kept"))
     return found

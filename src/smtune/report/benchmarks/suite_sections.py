@@ -83,7 +83,7 @@ def _bytes(suite: Suite) -> str:
             words.size(minus(arm.get("alive_after_forward_bytes"), suite.floor.get("alive_after_forward_bytes"))),
             words.size(get(arm, "state_bytes", "optimizer")),
             words.size(arm.get("peak_rss_bytes")),
-            words.signed_size(minus(arm.get("peak_rss_bytes"), suite.floor.get("peak_rss_bytes"))),
+            words.signed_size(beyond_floor(suite, name, "peak_rss_bytes")),
             words.size(arm.get("peak_tensor_bytes")),
             words.signed_size(beyond_floor(suite, name, "peak_tensor_bytes")),
         ]

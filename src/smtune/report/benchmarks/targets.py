@@ -193,7 +193,8 @@ def _below_rivals(found: list[Suite]) -> list[Row]:
             by_verdict = {v: [name for name, verdict in verdicts.items() if verdict == v] for v in verdicts.values()}
             order = [verdict for verdict in (MISSED, OPEN, HOLDS, ABSENT) if verdict in by_verdict]
             text = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
-            return text, worst(verdicts.values())
+            found = worst(verdicts.values())
+            return text, OPEN if found == HOLDS and ABSENT in by_verdict else found
 
         rows += _each(found, "1", what, judge)
     return rows

@@ -36,6 +36,7 @@ from smtune.reproduce.evidence.study import (
     forgetting_points,
     forgetting_section,
     plans_section,
+    unseen_section,
 )
 from smtune.reproduce.evidence.tasks import Task, tasks
 from smtune.reproduce.evidence.words import Links
@@ -114,6 +115,7 @@ def _page(evidence: Evidence, found: Sequence[Task], links: Links, pictures: dic
         control_section(found, links),
         design_section(found, links),
         wins_section(found, links, pictures),
+        unseen_section(evidence.tiers, links),
         loss_section(found, links),
         claims,
         claims_section("## What others doubt", doubts_text, DOUBTS, evidence, links),

@@ -17,12 +17,14 @@ from smtune.reproduce.numbers import DASH
 def basis_section(tiers: Sequence[Results], tasks: Sequence[Task], links: Links) -> str:
     """Compute, machines, versions; what is there of each experiment; sweeps."""
     parts = [part for results in tiers for part in (_took(results, links), _there(results, links))]
-    return section("## What this rests on", *parts, *(_sweeps(task, links) for task in tasks))
+    hours = sum(map(_seconds, tiers)) / 3600
+    lead = f"All cells of all tiers took {hours:.1f} hours, of as many threads as each tier names."
+    return section("## What this rests on", lead, *parts, *(_sweeps(task, links) for task in tasks))
 
 
 def _took(results: Results, links: Links) -> str:
     records = list(results.records.values())
-    seconds = sum(record["measured"].get("seconds", 0.0) for record in records)
+    seconds = _seconds(results)
     environments = [record.get("environment", {}) for record in records]
     left = results.n_left_out
     rows = [
@@ -36,6 +38,10 @@ def _took(results: Results, links: Links) -> str:
         ("commits", _distinct([{"commit": _commit(each)} for each in environments], "commit")),
     ]
     return section(f"### Cells of the tier {results.tier.name}: {results.tier.title}", table(("", ""), rows))
+
+
+def _seconds(results: Results) -> float:
+    return sum(record["measured"].get("seconds", 0.0) for record in results.records.values())
 
 
 def _commit(environment: Record) -> str | None:

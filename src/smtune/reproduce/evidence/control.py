@@ -13,6 +13,8 @@ from smtune.reproduce.evidence.records import Found, Results
 
 GAIN, SOLVED = 0.10, 0.95
 EXPERIMENT = "study-control"
+UNSEEN = "study-unseen"
+"""Its tests are items that nothing was chosen by."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,17 @@ class Control:
 
 def controls(results: Results) -> dict[tuple[str, str], Control]:
     """By model and family."""
+    return _of_experiment(results, EXPERIMENT)
+
+
+def unseen_controls(results: Results) -> dict[tuple[str, str], Control]:
+    """The same, on the tests of `UNSEEN`."""
+    return _of_experiment(results, UNSEEN)
+
+
+def _of_experiment(results: Results, experiment: str) -> dict[tuple[str, str], Control]:
     by_task: dict[tuple[str, str], dict[str, Found]] = {}
-    for found in results.arms(EXPERIMENT):
+    for found in results.arms(experiment):
         by_task.setdefault((found.arm.model, found.arm.family), {})[found.arm.row.method] = results.most_run(found)
     return {
         (model, family): Control(

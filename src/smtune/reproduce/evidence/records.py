@@ -22,7 +22,7 @@ from smtune.reproduce.run import CELLS
 from smtune.reproduce.setting import Setting, count_items
 from smtune.reproduce.store import Store
 
-COMPARED = ("study-methods", "study-criteria", "table2", "study-short")
+COMPARED = ("study-methods", "study-criteria", "table2", "study-short", "table5")
 """The experiments whose arms are held against SMT. An arm of several is that of the one with most seeds of it."""
 CONTENT = ("data", "weights")
 """Of a cell's configuration, the hashes that only who has the data and the model can make."""
@@ -153,7 +153,8 @@ class Results:
         declared = self.tier.seeds_of(experiment)
         found = []
         families = self._setting.families(experiment)
-        for arm in arms(experiment, self.tier, families, [*declared, *self.further_seeds], base):
+        seeds = list(dict.fromkeys([*declared, *self.further_seeds]))
+        for arm in arms(experiment, self.tier, families, seeds, base):
             swept = {rate: record for rate, cell in zip(arm.rates, arm.sweep()) if (record := self.find(cell))}
             n_seeds = min(len(arm.seeds), len(declared))
             tried = self._rates.get(_of_rates({**arm.fixed, "seed": arm.seeds[0]}), frozenset())

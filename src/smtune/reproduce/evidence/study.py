@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from smtune.evaluation.statistics import Estimate, mean_over_seeds
@@ -12,7 +13,8 @@ from smtune.reproduce import numbers
 from smtune.reproduce.cells import Cell, Record
 from smtune.reproduce.declared import load_experiment
 from smtune.reproduce.evidence import words
-from smtune.reproduce.evidence.contrasts import Contrast, contrast, paired
+from smtune.reproduce.evidence.contrasts import Contrast, accuracy, contrast, paired
+from smtune.reproduce.evidence.control import UNSEEN, unseen_controls
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.evidence.sections import contrast_table
 from smtune.reproduce.evidence.tasks import BUDGET, DRAWN, Task, adjusted, is_lost_to_holm, not_run
@@ -95,6 +97,37 @@ def _memory(tiers: Sequence[Results], links: Links) -> list[str]:
             heads = ("arm", "a step, counted", "SMT 0.84 % against it", "cells")
             parts.append(section(f"### Memory of a step: {results.tier.name}, {model}", table(heads, rows)))
     return parts or [f"### Memory of a step\n\n{NOT_RUN}"]
+
+
+# Tests that nobody has looked at ------------------------------------------------------------------------------------
+
+
+def unseen_section(tiers: Sequence[Results], links: Links) -> str:
+    """All arms less SMT with its blocks drawn, and less SMT, on items and seeds that nothing was chosen by."""
+    text = """Variants of SMT were found by looking at test items, those above. Here are further items of the same
+    tests, other seeds, and learning rates that were chosen above: nothing was chosen by what stands here. *better* and
+    *worse* are of the arm in the row."""
+    parts = []
+    for results in tiers:
+        for control in unseen_controls(results).values():
+            task = Task(results, control)
+            parts += [_unseen(task, label, links) for label in _UNSEEN_REFERENCES]
+    return section("## Tests that nobody has looked at", prose(text), *([part for part in parts if part] or [NOT_RUN]))
+
+
+_UNSEEN_REFERENCES = ("SMT, sampled", "SMT, sampled, all linear layers, blocks of 4²", "SMT")
+
+
+def _unseen(task: Task, label: str, links: Links) -> str:
+    against = task.arm(UNSEEN, label)
+    if against is None:
+        return ""
+    arms = task.arms(UNSEEN)
+    contrasts = [one for arm in arms if arm.label != label and (one := contrast(arm, against))]
+    right = numbers.share(mean_over_seeds([accuracy(replace(against, records=[each])) for each in against.records]))
+    lead = f"{label}: {right} right, rate {against.rate:g}. Cells: {links.cells(task.results, against.records)}."
+    shown = contrast_table(task, contrasts, links, less=label)
+    return section(f"### {task.name}: less {label}", lead, _fault(task), shown, _left(arms))
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
@@ -336,6 +369,7 @@ def _variants(task: Task, experiment: str, reference: str, links: Links) -> list
         f"{words.name(against, with_budget=True)}: {links.cells(task.results, against.records)}.",
         f"By the interval, {'; '.join(told)}." if told else "None is told apart from it.",
         *([f"A pruned sweep: {pruned}."] if pruned else []),
+        load_experiment(experiment).note.strip(),
     ]
     return [
         "" if task.control.fault else " ".join(lead),

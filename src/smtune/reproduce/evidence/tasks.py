@@ -27,7 +27,7 @@ DRAWN = {
 }
 """SMT with its blocks drawn: by tier, experiments and labels, of which the first that a task has counts."""
 LOOKED_AT = {("mini", "math"): 0}
-"""Where what `DRAWN` names was found by looking at tests, of some thirty variants: the seed whose tests were seen."""
+"""Where what `DRAWN` names was found by looking at the tests of variants: the seed whose tests were seen."""
 
 
 @dataclass(frozen=True, eq=False)
