@@ -22,8 +22,9 @@ from smtune.selection import check_budget, check_policy
 
 Method = Literal["smt", "lora", "dora", "full"]
 
-LEARNING_RATES: dict[str, float] = {"smt": 1e-4, "lora": 2e-4, "dora": 2e-4, "full": 2e-5}
-"""Where `training.learning_rate` is not given: usual starting points, not tuned. Sweep before comparing methods."""
+LEARNING_RATES: dict[str, float] = {"smt": 2e-4, "lora": 2e-4, "dora": 2e-4, "full": 2e-5}
+"""Where `training.learning_rate` is not given: usual starting points, not tuned; SMT's is LoRA's (docs/adr/0019). Sweep
+before comparing methods."""
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
