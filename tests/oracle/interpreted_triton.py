@@ -62,10 +62,14 @@ def close(actual, expected, rounding=0.0):
 
 EVERY_TILE = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 LARGE = BlockIndex.from_pairs(BlockGrid(512, 256, 256), [(1, 0)])
+OF_192 = BlockIndex.from_pairs(BlockGrid(384, 384, 192), [(1, 0), (0, 1), (1, 1)])
 
 
 @given(cases(), st.integers(0, 3))
 @example((LARGE, 600, "contiguous", torch.float32, 0), 3)
+@example((LARGE, 130, "sliced", torch.float16, 1), 1)
+@example((OF_192, 513, "transposed", torch.float32, 2), 0)
+@example((OF_192, 70, "contiguous", torch.float16, 3), 2)
 @EVERY_TILE
 def test_block_grad(case, config):
     index, n_tokens, layout, dtype, seed = case
@@ -79,6 +83,8 @@ def test_block_grad(case, config):
 
 @given(cases(), st.integers(0, 3), st.booleans())
 @example((LARGE, 130, "contiguous", torch.float32, 0), 3, False)
+@example((OF_192, 70, "sliced", torch.float32, 1), 0, False)
+@example((OF_192, 130, "contiguous", torch.float16, 2), 1, True)
 @EVERY_TILE
 def test_block_product(case, config, transpose):
     index, n_tokens, layout, dtype, seed = case

@@ -208,6 +208,21 @@ def test_state_is_explained_to_the_byte():
     assert 0 <= state["base"] - base < 4096  # buffers: rotary frequencies, the blocks' index
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["smt-0.84", "smt-4.91", "smt-additive"])
+def test_the_peak_above_the_floors_is_what_smt_holds_to_the_byte(name, dtype):
+    """Deltas, originals, Adam, the index and the saved columns: at the peak there are no gradients of blocks yet."""
+    arm, batch = build(name, dtype)
+    floor, _ = build("floor", dtype)
+    measure.step(arm, batch)
+    mine, floors = measure.state_bytes(arm), measure.state_bytes(floor)
+    held = sum(mine[key] for key in ("trained", "originals", "optimizer")) + mine["base"] - floors["base"]
+    saved = measure.count_saved(arm, batch) - measure.count_saved(floor, batch)
+    assert measure.peak_tensor_bytes(arm, batch) - measure.peak_tensor_bytes(floor, batch) == held + saved
+    arm.model(**batch).loss.backward()
+    assert sum(parameter.grad.nbytes for parameter in arm.trained) == mine["gradients"]
+
+
 def test_peak_counts_what_a_step_allocates():
     floor, batch = build("floor")
     full, _ = build("full")
