@@ -372,6 +372,8 @@ def test_results_go_on_and_failures_are_tried_again(tmp_path):
     again.add(record("b", error=None))
     values = json.loads(path.read_text())
     assert [(each["arm"], each["error"]) for each in values["records"]] == [("a", None), ("b", None)]
+    assert [each["run"]["command"] for each in values["records"]] == ["smtune bench", "smtune bench --rounds 3"]
+    assert all(each["run"].keys() == {"date", "commit", "command"} for each in values["records"])
     assert values["format"] == 1
 
 

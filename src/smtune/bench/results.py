@@ -11,6 +11,7 @@ from typing import Any
 from smtune.bench.machine import SAME
 from smtune.errors import InputError
 from smtune.files import write_json
+from smtune.training.environment import commit
 
 FORMAT = 1
 IDENTITY = {
@@ -43,6 +44,7 @@ class Results:
 
     def __init__(self, path: Path, machine: dict[str, Any], command: str) -> None:
         self.path = path
+        self.run = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "command": command}
         self.values: dict[str, Any] = {
             "format": FORMAT,
             "command": command,
@@ -82,7 +84,11 @@ class Results:
         return any(identity(old) == identity(record) and not old.get("error") for old in self.records)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Put a record in place of the one of the same identity, or at the end, and write the file."""
+        """Put a record in place of the one of the same identity, or at the end, and write the file.
+
+        It is kept with the day, the commit and the command that it was measured by.
+        """
+        record = record | {"run": self.run}
         places = [k for k, old in enumerate(self.records) if identity(old) == identity(record)]
         if places:
             self.records[places[0]] = record

@@ -22,7 +22,7 @@ def describe_environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Plain JSON values; nothing about the user or the machine's name."""
     return {
         "smtune": smtune.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {package: metadata.version(package) for package in _PACKAGES},
@@ -35,7 +35,7 @@ def describe_environment(device: torch.device, seed: int) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of smtune's checkout, with "+changes" if files differ; None where it is installed otherwise."""
     source = Path(smtune.__file__).parent
     try:

@@ -140,6 +140,9 @@ def _reading() -> str:
         brackets their middle half (25 to 75 %). *forward*, *backward*, *optimizer*: the median of that part over the
         whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the median; what
         differs by less is not told apart.""",
+        """**pairs**: arms of a suite that have different numbers of them are of different runs, those of the commands
+        above, each over the floor of its own run. Of an arm that was measured anew, such as with more pairs, the last
+        run is kept.""",
         """**SMT 0.43 % to 4.91 %** are shares of LLaMA-7B. On other models these arms train the same share of the
         blocks of q, k and v.""",
         """**FLOPs / floor**: counted; products of matrices only.""",
