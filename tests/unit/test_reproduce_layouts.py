@@ -241,6 +241,13 @@ def test_a_page_that_is_not_pruned_names_the_rates_of_its_rows_too(tmp_path):
     assert "Rates of their own: SMT 0.001." in page
 
 
+def test_steps_of_a_rows_own_are_named(tmp_path):
+    made = experiment(row("SMT", steps=178), row("LoRA", "lora"))
+    request, store = Request(["made"], Setting("mini")), Store(tmp_path)
+    save(store, request.arms(made)[0].sweep()[0], 200)
+    assert "200 steps of 8 rows, but for the steps of SMT 178. Each arm" in page_of(made, request, store, tmp_path)
+
+
 def test_seeds_are_counted_against_those_declared(tmp_path):
     made = experiment(row("SMT"), Row(label="untuned", method="base"))
     request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)

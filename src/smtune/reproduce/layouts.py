@@ -149,21 +149,20 @@ def _how(result: Result) -> str:
     tier = result.request.setting.declared
     recipe = tier.recipe
     length = f"{result.request.setting.steps or recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
+    own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
+    but = f", but for the steps of {'; '.join(own)}" if own else ""
     text = (
         "Accuracy in percent, mean over the seeds there are; in parentheses 95 % intervals over items and, where there "
         "are several, seeds. "
         "Every arm has the same rows in the same order, prompts, masks, decoding and schedule: "
-        f"{length} of {recipe.batch_size} rows. Each arm's learning rate is the best of its sweep by held-out training "
-        "rows. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
+        f"{length} of {recipe.batch_size} rows{but}. Each arm's learning rate is the best of its sweep by held-out "
+        "training rows. *against SMT*: points, paired over items, with McNemar's p or the interval's; *tie* where the "
         "whole interval lies within ±2 points, *undecided* where it holds zero and more or p is 0.05 and more. "
         "*other text*: loss on held-out text of another kind."
     )
     swept = [f"{_name(arm, result)} {rates_text(arm.rates)}" for arm in result.arms if arm.row.learning_rates]
     if swept:
         text += f" Rates of their own: {'; '.join(dict.fromkeys(swept))}."
-    own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
-    if own:
-        text += f" Steps of their own: {', '.join(own)}."
     leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
     if leaked:
         text += f" † questions of {', '.join(leaked)} are among the training rows too."
