@@ -46,10 +46,11 @@ def _fault(task: Task) -> str:
 
 def equal_section(tasks: Sequence[Task], tiers: Sequence[Results], links: Links) -> str:
     """SMT against others given the same time, and what a step of each takes of memory."""
-    text = """Steps are cut so that every arm takes as long as LoRA does, SMT's scoring counted, by the ratios of
-    SmolLM2-135M that the experiment `study-equal` names; the seconds that the cells took stand with them. *SMT, memory
-    of LoRA* has as many steps as LoRA and as many blocks as fit into LoRA's memory, which is counted, not measured:
-    `smtune reproduce memory`."""
+    text = """Steps are cut so that every arm would take as long on SmolLM2-135M as LoRA does, SMT's scoring counted, by
+    the ratios that the experiment `study-equal` names. The cells' own seconds stand with them and are not equal: the
+    products of a small model take other shares of a step. *Memory of LoRA*: as many steps as LoRA, scoring not
+    counted, and as many blocks as fit into LoRA's memory, which is counted, not measured: `smtune reproduce
+    memory`."""
     return section(
         "## Equal time, equal memory",
         prose(text),
@@ -60,18 +61,24 @@ def equal_section(tasks: Sequence[Task], tiers: Sequence[Results], links: Links)
 
 def _equal_time(task: Task, links: Links) -> list[str]:
     arms = task.arms("study-equal")
-    if not arms or not arms[0].records:
+    firsts = [arm for arm in arms if arm.label in _EQUAL_TIME and arm.records]
+    if not firsts:
         return []
-    first, *others = arms
-    contrasts = [one for other in others if (one := contrast(first, other))]
-    scored = [record["measured"]["preparing_seconds"] / _working_seconds(record) for record in first.records]
-    lead = (
-        f"{first.label}: {links.cells(task.results, first.records)}. Building the arm and scoring took "
-        f"{numbers.percent(fmean(scored), 2)} of the seconds in which its cells built, scored and trained."
-    )
+    parts = []
+    for first in firsts:
+        contrasts = [one for arm in arms if arm is not first and (one := contrast(first, arm))]
+        scored = [record["measured"]["preparing_seconds"] / _working_seconds(record) for record in first.records]
+        lead = (
+            f"{first.label}: {links.cells(task.results, first.records)}. Building the arm and scoring took "
+            f"{numbers.percent(fmean(scored), 2)} of the seconds in which its cells built, scored and trained."
+        )
+        parts += [lead, contrast_table(task, contrasts, links)]
     seconds = [f"{arm.label} {fmean(map(_working_seconds, arm.records)):.1f}" for arm in arms if arm.records]
-    taken = f"Seconds of building, scoring and training, as its cells took them: {', '.join(seconds)}."
-    return [lead, taken, _fault(task), contrast_table(task, contrasts, links), _left(others)]
+    taken = f"Seconds of building, scoring and training, as these cells took them: {'; '.join(seconds)}."
+    return [taken, _fault(task), *parts, _left(arms)]
+
+
+_EQUAL_TIME = ("SMT, steps less its scoring", "SMT, sampled, steps less its scoring")
 
 
 def _working_seconds(record: Record) -> float:
