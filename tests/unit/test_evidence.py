@@ -202,7 +202,7 @@ def test_tests_that_nobody_has_looked_at_have_a_section(made):
     assert "SMT, sampled: 50.0 %" in drawn
     assert row(drawn, "SMT")[2].startswith("−20.0 (")
     assert row(drawn, "SMT")[5] == "*worse*"
-    assert row(smt, "LoRA on q, k, v")[5] == "*better*"
+    assert row(smt, "LoRA on q, k, v")[5:7] == ["*better*", "0.01"]
     assert "Not run: SMT, sampled, all linear layers, blocks of 4²" in drawn
 
 

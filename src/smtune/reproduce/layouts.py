@@ -536,7 +536,8 @@ def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
 
 def _is_variant(arm: Arm) -> bool:
     plain = Row(label=arm.row.label, method="smt")
-    return arm.row.model_copy(update={"budgets": plain.budgets, "models": None, "learning_rates": None}) != plain
+    aside = {"budgets": plain.budgets, "models": None, "families": None, "learning_rates": None}
+    return arm.row.model_copy(update=aside) != plain
 
 
 def _leaked(record: Record) -> list[str]:

@@ -223,7 +223,9 @@ def wins_section(tasks: Sequence[Task], links: Links, pictures: dict[str, str]) 
     return section("## Wins, ties and losses", prose(text), *parts)
 
 
-def contrast_table(task: Task, contrasts: Sequence[Contrast], links: Links, less: str = "") -> str:
+def contrast_table(
+    task: Task, contrasts: Sequence[Contrast], links: Links, less: str = "", given_rates: bool = False
+) -> str:
     """A row for each comparison; "" without any.
 
     Args:
@@ -231,6 +233,7 @@ def contrast_table(task: Task, contrasts: Sequence[Contrast], links: Links, less
         contrasts: SMT less others; or others less one, which is named by `less`.
         links: to the other arms' cells.
         less: with it verdicts are of the other arms: better, worse.
+        given_rates: the learning rates are those of another experiment, so that none was tried here.
     """
     what = f"less {less}, points (95 %)" if less else "SMT less it, points (95 %)"
     heads = ("arm" if less else "against", "trained", what, "p", "p (Holm)", "verdict", "rate", "cells")
@@ -247,7 +250,7 @@ def contrast_table(task: Task, contrasts: Sequence[Contrast], links: Links, less
                 numbers.p_text(one.p_value).removeprefix("p ").removeprefix("= "),
                 numbers.p_text(p).removeprefix("p ").removeprefix("= "),
                 DASH if task.control.fault else verdict,
-                _rate(other),
+                f"{other.rate:g}" if given_rates and other.arm.row.method != "base" else _rate(other),
                 links.cells(task.results, other.records),
             ]
         )

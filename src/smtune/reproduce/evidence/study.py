@@ -133,7 +133,7 @@ def _unseen(task: Task, label: str, links: Links) -> str:
     contrasts = [one for arm in arms if arm.label != label and (one := contrast(arm, against))]
     right = numbers.share(mean_over_seeds([accuracy(replace(against, records=[each])) for each in against.records]))
     lead = f"{label}: {right} right, rate {against.rate:g}. Cells: {links.cells(task.results, against.records)}."
-    shown = contrast_table(task, contrasts, links, less=label)
+    shown = contrast_table(task, contrasts, links, less=label, given_rates=True)
     return section(f"### {task.name}: less {label}", lead, _fault(task), shown, _left(arms))
 
 
