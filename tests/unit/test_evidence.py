@@ -190,12 +190,21 @@ def test_drawn_blocks_have_lines_of_their_own_in_short(made):
     assert "less LoRA on q, k, v: +0.0 (" in drawn
 
 
+DRAWN_LABEL = "SMT, sampled, all linear layers, blocks of 4²"
+
+
 def test_tests_that_nobody_has_looked_at_have_a_section(made):
     made.control()
     for label, right in (("untuned", 10), ("SMT", 60), ("SMT, sampled", 100), ("LoRA on q, k, v", 100)):
         made.arm("study-unseen", label, right, family="unseen-math")
     made.arm("study-unseen", "Full fine-tuning", 150, family="unseen-math")
-    unseen = part(made.text(), "## Tests that nobody has looked at")
+    made.arm("study-methods", "SMT", 60)
+    made.arm("study-methods", DRAWN_LABEL, 100)
+    made.arm("study-unseen", DRAWN_LABEL, 80, family="unseen-math")
+    text = made.text()
+    short = "on [tests that nobody has looked at](#tests-that-nobody-has-looked-at), less LoRA on q, k, v: −10.0 ("
+    assert short in part(text, "## In short")
+    unseen = part(text, "## Tests that nobody has looked at")
     drawn, smt = (
         part(unseen, f"### mini, unseen-math (arithmetic): less {label}\n") for label in ("SMT, sampled", "SMT")
     )
@@ -203,7 +212,7 @@ def test_tests_that_nobody_has_looked_at_have_a_section(made):
     assert row(drawn, "SMT")[2].startswith("−20.0 (")
     assert row(drawn, "SMT")[5] == "*worse*"
     assert row(smt, "LoRA on q, k, v")[5:7] == ["*better*", "0.01"]
-    assert "Not run: SMT, sampled, all linear layers, blocks of 4²" in drawn
+    assert "Not run: control: random blocks" in drawn
 
 
 def test_a_rate_that_stands_alone_or_at_an_end_is_said(made):

@@ -10,9 +10,9 @@ from smtune.evaluation.statistics import SIGNIFICANT, TIE, Z_80, Z_95, Estimate
 from smtune.report.benchmarks.markdown import prose, section, table
 from smtune.reproduce import numbers
 from smtune.reproduce.evidence import words
-from smtune.reproduce.evidence.claims import Claim
+from smtune.reproduce.evidence.claims import LORA, Claim
 from smtune.reproduce.evidence.contrasts import Contrast, accuracy, contrast
-from smtune.reproduce.evidence.control import GAIN, SOLVED
+from smtune.reproduce.evidence.control import GAIN, SOLVED, UNSEEN
 from smtune.reproduce.evidence.judges import DOES_NOT, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Evidence
 from smtune.reproduce.evidence.records import Found
 from smtune.reproduce.evidence.tasks import LOOKED_AT, Task, adjusted, is_lost_to_holm, not_run
@@ -65,18 +65,29 @@ def _drawn_in_short(task: Task, links: Links) -> list[str]:
         f"  - **{drawn.label}** ({links.cells(task.results, drawn.records)}), points less the other:",
         *[f"    - {text}" for text in _by_verdict(contrasts)],
         *_looked_at(task, contrasts),
+        *_unseen(task, drawn.label),
     ]
 
 
 def _looked_at(task: Task, contrasts: Sequence[Contrast]) -> list[str]:
     """That an arm was found by looking at a seed's tests, and what the other seeds say of it and LoRA."""
     seen = LOOKED_AT.get((task.results.tier.name, task.family))
-    pair = next((one for one in contrasts if one.second.label == "LoRA on q, k, v"), None)
+    pair = next((one for one in contrasts if one.second.label == LORA), None)
     if seen is None or pair is None:
         return []
     unseen = contrast(*(_without(found, seen) for found in (pair.first, pair.second)))
     others = f"; over the other seeds, less {pair.second.label}: {numbers.points(unseen.difference)}" if unseen else ""
     return [f"    - found by looking at the tests of variants with seed {seen}, which is among these{others}"]
+
+
+def _unseen(task: Task, label: str) -> list[str]:
+    """The same arm less LoRA, on tests that nobody had looked at."""
+    arms = {arm.label: arm for arm in task.results.arms(UNSEEN) if arm.arm.family == f"unseen-{task.family}"}
+    one = contrast(arms[label], arms[LORA]) if {label, LORA} <= arms.keys() else None
+    if one is None:
+        return []
+    where = "[tests that nobody has looked at](#tests-that-nobody-has-looked-at)"
+    return [f"    - on {where}, less {LORA}: {numbers.points(one.difference)}, *{OF_SMT[one.verdict]}*"]
 
 
 def _without(found: Found, seed: int) -> Found:
