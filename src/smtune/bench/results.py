@@ -11,7 +11,7 @@ from typing import Any
 from smtune.bench.machine import SAME
 from smtune.errors import InputError
 from smtune.files import write_json
-from smtune.training.environment import commit
+from smtune.version import commit
 
 FORMAT = 1
 IDENTITY = {

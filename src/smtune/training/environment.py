@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-import smtune
+from smtune.version import __version__, commit
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -21,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safeten
 def describe_environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Plain JSON values; nothing about the user or the machine's name."""
     return {
-        "smtune": smtune.__version__,
+        "smtune": __version__,
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -33,20 +32,3 @@ def describe_environment(device: torch.device, seed: int) -> dict[str, Any]:
         "seed": seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def commit() -> str | None:
-    """The commit of smtune's checkout, with "+changes" if files differ; None where it is installed otherwise."""
-    source = Path(smtune.__file__).parent
-    try:
-        # An installed package may lie inside a repository that is not smtune's.
-        _git(source, "ls-files", "--error-unmatch", "__init__.py")
-        changes = _git(source, "status", "--porcelain", ".")
-        return _git(source, "rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
