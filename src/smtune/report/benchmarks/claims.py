@@ -91,15 +91,6 @@ def _weight_gradient_flops(suite: Suite, arm: str) -> float | None:
     return over(beyond_floor(suite, arm, "flops", "backward"), full - sift / layers)
 
 
-def _weight_gradient_time(suite: Suite, arm: str) -> float | None:
-    mine, full = (median(above_floor(suite.arms.get(name), "backward")) for name in (arm, "full"))
-    return over(mine, full)
-
-
-def _weight_gradient_interval(suite: Suite, arm: str) -> Estimate | None:
-    return ratio(*(above_floor(suite.arms.get(name), "backward") for name in (arm, "full")))
-
-
 def _saved_of_qkv(suite: Suite, arm: str) -> float | None:
     return over(*(beyond_floor(suite, name, "saved_bytes") for name in (arm, "sift")))
 
@@ -115,13 +106,18 @@ def _state(key: str) -> Callable[[Suite, str], float | None]:
     return value
 
 
-def _optimizer_time(suite: Suite, arm: str) -> float | None:
-    mine, full = (median(part_ratios(suite.arms.get(name), "optimizer")) for name in (arm, "full"))
-    return over(mine, full)
+def _timed(
+    of: Callable[[Record | None, str], np.ndarray], part: str
+) -> tuple[Callable[[Suite, str], float | None], Callable[[Suite, str], Estimate | None]]:
+    """`value` and `interval` of a part of the step: `of` an arm's record, its times by pairs."""
 
+    def value(suite: Suite, arm: str) -> float | None:
+        return over(*(median(of(suite.arms.get(name), part)) for name in (arm, "full")))
 
-def _optimizer_interval(suite: Suite, arm: str) -> Estimate | None:
-    return ratio(*(part_ratios(suite.arms.get(name), "optimizer") for name in (arm, "full")))
+    def interval(suite: Suite, arm: str) -> Estimate | None:
+        return ratio(*(of(suite.arms.get(name), part) for name in (arm, "full")))
+
+    return value, interval
 
 
 WEIGHTS = (
@@ -132,13 +128,7 @@ ACTIVATIONS = "SMT reduces the activation memory cost for the in forward pass to
 
 SHARE_CLAIMS = (
     ShareClaim(WEIGHTS, "§3.1", "counted FLOPs of the weight gradients", _weight_gradient_flops),
-    ShareClaim(
-        WEIGHTS,
-        "§3.1",
-        "time of the backward above the floor's",
-        _weight_gradient_time,
-        _weight_gradient_interval,
-    ),
+    ShareClaim(WEIGHTS, "§3.1", "time of the backward above the floor's", *_timed(above_floor, "backward")),
     ShareClaim(
         ACTIVATIONS, "§3.1", "bytes saved for the weights of q, k, v, over ordinary autograd's (SIFT's)", _saved_of_qkv
     ),
@@ -159,8 +149,7 @@ SHARE_CLAIMS = (
         "SMT reduces the gradient step computation cost to 0.5%",
         "§3.1",
         "time of the optimizer step",
-        _optimizer_time,
-        _optimizer_interval,
+        *_timed(part_ratios, "optimizer"),
     ),
 )
 

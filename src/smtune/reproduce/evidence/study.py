@@ -122,7 +122,7 @@ def unseen_section(tiers: Sequence[Results], links: Links) -> str:
     return section("## Tests that nobody has looked at", prose(text), *([part for part in parts if part] or [NOT_RUN]))
 
 
-_UNSEEN_REFERENCES = ("SMT, sampled", "SMT, sampled, all linear layers, blocks of 4²", "SMT")
+_UNSEEN_REFERENCES = ("SMT, sampled", DRAWN["mini"][0][1], "SMT")
 
 
 def _unseen(task: Task, label: str, links: Links) -> str:
