@@ -345,12 +345,24 @@ def test_scoring_against_the_floor_and_dense_gradients(criterion, accumulator):
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
-@pytest.mark.parametrize("candidate", CANDIDATES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_kernel_beside_the_dense_product(candidate, dtype):
-    found = probes.kernel(candidate, dtype, tokens=8, features=32, block_size=8, blocks=3, rounds=2)
-    assert len(found["seconds"]) == len(found["ideal_seconds"]) == 2
-    assert isinstance(found["used"], bool)
+def test_kernels_beside_the_dense_product(dtype):
+    found = probes.kernels(list(CANDIDATES), dtype, tokens=8, features=32, block_size=8, blocks=3, rounds=2)
+    assert list(found) == list(CANDIDATES)
+    for record in found.values():
+        assert len(record["seconds"]) == len(record["ideal_seconds"]) == 2
+        assert record["error"] is None
+    assert sum(record["used"] for record in found.values()) == 1
+
+
+def test_a_kernel_that_cannot_run_does_not_stop_the_others(monkeypatch):
+    def refuses(*_):
+        raise RuntimeError("no such product")
+
+    monkeypatch.setitem(probes.CANDIDATES, "bmm", refuses)
+    found = probes.kernels(["strided", "bmm"], "float32", tokens=8, features=32, block_size=8, blocks=3, rounds=2)
+    assert (len(found["strided"]["seconds"]), found["strided"]["error"]) == (2, None)
+    assert (found["bmm"]["seconds"], found["bmm"]["error"]) == ([], "RuntimeError: no such product")
 
 
 # Records and processes ----------------------------------------------------------------------------------------------

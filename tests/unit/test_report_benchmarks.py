@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from smtune.bench.suites import ARMS as DECLARED
-from smtune.report.benchmarks import claims, figures, sweeps, terminal_tables, write_report
+from smtune.report.benchmarks import claims, figures, sweeps, terminal_tables, words, write_report
 from smtune.report.benchmarks.page import KINDS, page
 from smtune.report.benchmarks.records import difference, spread, step, step_ratios, suites
 from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, NO_TARGET, OPEN, compare, judge_exponent, targets
@@ -35,6 +35,7 @@ ARMS = {  # label, trained parameters, forward, backward and optimizer beyond th
     "smt-3.73": ("SMT 3.73 %", 240 * BLOCK, (0.003, 0.033, 0.009)),
     "smt-4.91": ("SMT 4.91 %", 316 * BLOCK, (0.004, 0.049, 0.012)),
     "smt-additive": ("SMT additive 0.84 %", 54 * BLOCK, (0.01, 0.03, 0.002)),
+    "smt-additive-4.91": ("SMT additive 4.91 %", 316 * BLOCK, (0.02, 0.08, 0.012)),
     "lora": ("LoRA q,k,v r=72", 3_538_944, (0.02, 0.04, 0.002)),
     "lora-4.91": ("LoRA q,k,v r=421", 20_692_992, (0.05, 0.1, 0.012)),
     "lora-all": ("LoRA all linear r=22", 3_538_944, (0.03, 0.06, 0.002)),
@@ -82,7 +83,7 @@ def arm_record(
         "trained": trained * (itemsize if name == "full" else 4),
         "gradients": trained * (itemsize if name == "full" else 4),
         "optimizer": trained * (2 * itemsize if name == "full" else 8) + 4,
-        "originals": trained * itemsize if smt and name != "smt-additive" else 0,
+        "originals": trained * itemsize if smt and "additive" not in name else 0,
         "base": 0 if name == "full" else P_LLAMA * itemsize,
     }
     return {
@@ -157,7 +158,7 @@ def sweep_record(
         "rounds": pairs,
         "flops": {"forward": 10**9, "backward": 10**9 + 2 * trained * tokens},
         "floor_flops": {"forward": 10**9, "backward": 10**9},
-        "block_ops_s": [extra_seconds * 0.7 * (1 + 0.01 * k) for k in range(3)],
+        "block_ops_s": [extra_seconds * 0.7 * (1 + 0.01 * k) for k in range(7)],
         "error": None,
     }
 
@@ -410,7 +411,7 @@ def test_errors_are_shown_and_wide_spreads_are_marked(results):
     text = page(results, {})
     first, _, third = (t for t in tables(text, "arm") if "pairs" in t[0])
     assert {row["arm"] for row in first if "**wide**" in row["step / floor"]} == {arm["label"]}
-    assert "spread **wide** in 1 of 17 arms" in text
+    assert "spread **wide** in 1 of 18 arms" in text
     (failed,) = [row for row in third if row["arm"] == "Super-tuning"]
     assert (
         failed["step / floor"] == "no result: InputError: Expected a peft with Super-tuning, 0.21 or newer. Got 0.20.0."
@@ -424,7 +425,7 @@ def test_any_kind_may_be_missing_and_the_page_says_so(results, tmp_path, kind):
     kept = []
     for record in results["records"]:
         few[record["kind"]] = few.get(record["kind"], 0) + 1
-        if record["kind"] == kind and few[kind] < 20:
+        if record["kind"] == kind and few[kind] <= len(ARMS) + 1:
             kept.append(record)
     only = {"format": 1, "records": kept}
     files = write_report(only, tmp_path / "page.md")
@@ -604,8 +605,23 @@ def test_kernels_of_16_bits_are_held_to_half_the_dense_rate(results):
             record["seconds"] = [2 * seconds for seconds in record["seconds"]]
     assert verdicts(slower, what) == {"kernel records": MISSED}
     (rows,) = tables(page(slower, {}), "device")
-    assert {(row["dtype"], row["the used is best"]) for row in rows} == {("float32", "yes"), ("bfloat16", "no: copied")}
-    assert rows[0]["strided"] == "**83 %**"
+    assert [(row["dtype"], row["the used is best"]) for row in rows] == [
+        *[("float32", "yes")] * 2,
+        *[("bfloat16", "no: copied, by 25 (23 to 26) points")] * 2,
+    ]
+    assert rows[0]["strided"] == "**83 % (83–84)**"
+    noisy = copy.deepcopy(results)
+    for record in noisy["records"]:
+        if record["kind"] == "kernel":
+            record["seconds"] = [seconds * (1 + k) for k, seconds in enumerate(record["seconds"])]
+    (rows,) = tables(page(noisy, {}), "device")
+    assert rows[2]["the used is best"] == "yes"
+    slower_too = copy.deepcopy(noisy)
+    for record in slower_too["records"]:
+        if record["kind"] == "kernel" and record["candidate"] == "widened":
+            record["seconds"] = [1.3 * seconds for seconds in record["seconds"]]
+    (rows,) = tables(page(slower_too, {}), "device")
+    assert rows[2]["the used is best"] == "not told apart from copied"
 
 
 # -- the paper ---------------------------------------------------------------------------------------------------------
@@ -665,7 +681,7 @@ def test_table_1_as_ours(results, written):
 def test_the_memory_gap_adds_up(results, written):
     text = written[0].read_text(encoding="utf-8")
     rows = [row for table in tables(text, "arm") for row in table if "remainder" in row]
-    assert len(rows) == 3 * 10
+    assert len(rows) == 3 * 11
     for row in rows:
         gap, *parts = (int(cell.replace(",", "").replace("−", "-")) for cell in list(row.values())[1:])
         assert gap == sum(parts)
@@ -694,13 +710,41 @@ def test_exponents(power, noise, verdict):
     assert sweeps.flops_exponent(series) == pytest.approx(1)
 
 
-def test_points_below_the_floor_are_left_out_and_decide_nothing():
-    series = sweep_of({256: -0.01, 512: 0.1, 1024: 0.2, 2048: 0.4})
+def test_a_point_within_the_noise_of_zero_counts_for_as_much_as_is_known_of_it():
+    """Its median is below zero, and has no logarithm; the larger ones tell the exponent."""
+    extras = {x: 0.1 * x / 1024 for x in (512, 1024, 2048)}
+    series = sweep_of(extras | {32: -0.004}, noise=0.006)
     found = sweeps.fit(series, "extra")
-    assert (found.used, found.points) == (3, 4)
+    assert series.points[0].median("extra") < 0
+    assert found.exponent == pytest.approx(1, abs=0.15)
+    assert found.high - found.low < 0.4
+
+
+def test_a_point_of_which_little_is_known_counts_for_little():
+    known = [sweep_record("tokens", x, 0.1 * x / 256, tokens=x) for x in (256, 512, 1024)]
+    (series,) = sweeps.series({"records": [*known, sweep_record("tokens", 2048, 2.4, tokens=2048, noise=0.6)]})
+    assert np.polyfit(*np.log([[point.x, point.median("extra")] for point in series.points]).T, 1)[0] > 1.2
+    found = sweeps.fit(series, "extra")
     assert found.exponent == pytest.approx(1, abs=0.05)
-    assert judge_exponent(found, 1) == OPEN
-    assert sweeps.fit(sweep_of({256: -0.01, 512: -0.01, 1024: 0.2, 2048: 0.4}), "extra") is None
+    assert found.scale * 512**found.exponent == pytest.approx(0.2, rel=0.05)
+
+
+def test_an_exponent_without_bounds():
+    pairs_of_few = sweep_of({x: 0.2 * x / 256 for x in (256, 512, 1024)})
+    for point in pairs_of_few.points:
+        point.seconds["extra"] = point.seconds["extra"][:4]
+    found = sweeps.fit(pairs_of_few, "extra")
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    assert words.exponent(found) == "1.00 (no bounds)"
+    steep = sweeps.fit(sweep_of({256: 0.0001, 512: 0.01, 1024: 1.0}, noise=0.01), "extra")
+    assert (steep.high, judge_exponent(steep, 1)) == (math.inf, MISSED)
+    assert words.exponent(steep).endswith(f"(at least {words.hundredths(steep.low)})")
+
+
+def test_a_loss_of_time_is_no_growth():
+    assert sweeps.fit(sweep_of(dict.fromkeys((256, 512, 1024), -0.1)), "extra") is None
+    assert sweeps.fit(sweep_of({256: 0.1, 512: 0.2}), "extra") is None
+    assert judge_exponent(None, 1) == OPEN
 
 
 def test_times_within_the_noise_leave_the_exponent_unbounded():

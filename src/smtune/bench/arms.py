@@ -327,6 +327,7 @@ BUILDERS: dict[str, Builder] = {
     "smt-3.73": _smt(3.73),
     "smt-4.91": _smt(4.91),
     "smt-additive": _smt(EQUAL, mode="additive"),
+    "smt-additive-4.91": _smt(4.91, mode="additive"),
     "lora": _lora("LoRA q,k,v", list(QKV)),
     "lora-4.91": _lora("LoRA q,k,v", list(QKV), percent=4.91),
     "lora-all": _lora("LoRA all linear", LINEARS),

@@ -154,7 +154,7 @@ def _memory_events(profiler: Any) -> list[int]:
     return [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["ts"])]
 
 
-def block_op_seconds(arm: Arm, batch: Batch, steps: int = 3) -> list[float]:
+def block_op_seconds(arm: Arm, batch: Batch, steps: int = 7) -> list[float]:
     """Seconds of a step spent in smtune's own operators (the block gradients), by torch's profiler.
 
     For effects that are too small to be seen in the difference of two whole steps.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,8 +120,8 @@ def scoring(
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 
-def kernel(
-    candidate: str,
+def kernels(
+    candidates: Sequence[str],
     dtype: str,
     tokens: int,
     features: int,
@@ -128,33 +129,45 @@ def kernel(
     blocks: int,
     rounds: int,
     device: str = "cpu",
-) -> dict[str, Any]:
-    """One way to compute the block gradient of a square weight, in turn with the dense dYᵀX."""
+) -> dict[str, dict[str, Any]]:
+    """Ways to compute the block gradient of a square weight, by name: fields of their records, or the error of one.
+
+    All take turns, in another order each round, and each comes after a dense dYᵀX: that is what it is held against, and
+    it leaves the caches to none of them.
+    """
     where = torch.device(device)
     generator = torch.Generator().manual_seed(0)
     grid = BlockGrid(features, features, block_size)
     places = torch.randperm(grid.n_blocks, generator=generator)[:blocks].sort().values.tolist()
     pairs = [divmod(place, grid.shape[1]) for place in places]
     grad_y_NO, x_NI = (torch.randn(tokens, features, generator=generator).to(where, DTYPES[dtype]) for _ in range(2))
-    run = CANDIDATES[candidate]
 
     def seconds(action: Callable[[], Any]) -> float:
         start = measure.now(where)
         action()
         return measure.now(where) - start
 
-    own: list[float] = []
-    dense: list[float] = []
-    for number in range(rounds + 1):
-        pair = seconds(lambda: run(grad_y_NO, x_NI, pairs, block_size)), seconds(lambda: grad_y_NO.T @ x_NI)
-        if number:  # the first is a warm-up
-            own.append(pair[0])
-            dense.append(pair[1])
-    return {
-        "used": candidate == used_candidate(DTYPES[dtype], where),
-        "seconds": own,
-        "ideal_seconds": [each * blocks / grid.n_blocks for each in dense],
+    share = blocks / grid.n_blocks
+    found: dict[str, dict[str, Any]] = {
+        name: {"used": name == used_candidate(DTYPES[dtype], where), "seconds": [], "ideal_seconds": [], "error": None}
+        for name in candidates
     }
+    shuffler = random.Random(0)
+    for number in range(rounds + 1):
+        for name in shuffler.sample(list(candidates), len(candidates)):
+            record = found[name]
+            if record["error"] is not None:
+                continue
+            dense = seconds(lambda: grad_y_NO.T @ x_NI)
+            try:
+                own = seconds(lambda name=name: CANDIDATES[name](grad_y_NO, x_NI, pairs, block_size))
+            except Exception as error:  # whatever it raises is a result
+                record["error"] = f"{type(error).__name__}: {error}"
+                continue
+            if number:  # the first is a warm-up
+                record["seconds"].append(own)
+                record["ideal_seconds"].append(dense * share)
+    return found
 
 
 # Plans held to a backward cost --------------------------------------------------------------------------------------

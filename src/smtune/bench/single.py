@@ -86,33 +86,23 @@ KERNEL_SHAPES = ((4096, 256, 9), (4096, 256, 53), (4096, 128, 36), (4096, 64, 14
 
 
 def run_kernels(dtype: str, tokens: int, results: Results, how: How) -> None:
-    """Every candidate of every shape, in turn with the dense product."""
+    """The candidates of every shape, in turn with each other and with the dense product."""
     for features, block_size, blocks in KERNEL_SHAPES:
         shape = {"dtype": dtype, "tokens": tokens, "features": features, "block_size": block_size, "blocks": blocks}
-        shape = {"kind": "kernel", "suite": f"kernels-{dtype}-{tokens}", "device": how.device, **shape}
+        base = {"kind": "kernel", "suite": f"kernels-{dtype}-{tokens}", "device": how.device, **shape}
         with Child(how.threads) as child:
             candidates = child.ask("candidates", dtype=dtype, device=how.device, threads=how.threads)
-            missing = [name for name in candidates if not results.has(shape | {"candidate": name})]
-            for name in missing:
-                record = shape | {"candidate": name}
-                how.say(f"{record['suite']}: {blocks} blocks of {block_size}²: {name}")
-                before = machine.load()
-                try:
-                    record |= child.ask(
-                        "kernel",
-                        candidate=name,
-                        dtype=dtype,
-                        tokens=tokens,
-                        features=features,
-                        block_size=block_size,
-                        blocks=blocks,
-                        rounds=how.rounds,
-                        device=how.device,
-                    )
-                    record["error"] = None
-                except ChildError as error:
-                    record["error"] = str(error)
-                _keep(record | {"load": [before, machine.load()]}, results, how)
+            if all(results.has(base | {"candidate": name}) for name in candidates):
+                continue
+            how.say(f"{base['suite']}: {blocks} blocks of {block_size}²")
+            before = machine.load()
+            try:
+                found = child.ask("kernels", candidates=candidates, rounds=how.rounds, device=how.device, **shape)
+            except ChildError as error:
+                found = {name: {"error": str(error)} for name in candidates}
+            for name in candidates:
+                record = base | {"candidate": name} | found[name] | {"load": [before, machine.load()]}
+                _keep(record, results, how)
 
 
 LIMITS = (1.0, 0.75, 0.5, 0.25)

@@ -10,8 +10,8 @@ from smtune.bench.plans import paper_share
 from smtune.bench.subjects import find_subject
 
 ARMS = (
-    "floor smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive lora lora-4.91 lora-all dora shira "
-    "supertuning dense-v sift appendix-a full"
+    "floor smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
+    "lora-all dora shira supertuning dense-v sift appendix-a full"
 ).split()
 """The arms of a comparison, in the order of its table."""
 
@@ -27,8 +27,10 @@ SUITES = {
 }
 
 SWEEP_MODEL = "llama-1024x4"
-SWEEP_SHARE = 1 / 8
-"""Of q, k, v: enough for the blocks' part of a step to be seen."""
+SWEEP_SHARE = 1 / 2
+"""Of q, k, v: enough for the blocks' part of a step to be seen in the difference of two steps."""
+BUDGET_MODEL = "llama-2048x2"
+"""Of the sweep of budgets: 1/32 of its matrices is still two blocks of 256²."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def sweeps(dtype: str) -> list[Series]:
 
     tokens = [series("tokens", SWEEP_MODEL, number, {number: {}}) for number in (256, 512, 1024, 2048)]
     sizes: dict[float, dict[str, Any]] = {size: {"block_size": size} for size in (64, 128, 256)}
-    shares: dict[float, dict[str, Any]] = {share: {"share": share, "block_size": 128} for share in _powers()}
+    shares: dict[float, dict[str, Any]] = {share: {"share": share} for share in _powers()}
     depths: dict[float, dict[str, Any]] = {low: {"layers": list(range(low, 4))} for low in range(4)}
     layers = [
         series("layers", f"llama-1024x{number}", 512, {number: {"layers": [number - 2, number - 1]}},
@@ -108,7 +110,7 @@ def sweeps(dtype: str) -> list[Series]:
     return [
         *tokens,
         series("block_size", SWEEP_MODEL, 512, sizes),
-        series("budget", SWEEP_MODEL, 512, shares),
+        series("budget", BUDGET_MODEL, 512, shares),
         series("depth", SWEEP_MODEL, 512, depths),
         *layers,
     ]

@@ -118,11 +118,11 @@ class Worker:
         torch.set_num_threads(threads)
         return [name for name in CANDIDATES if name != "widened" or dtype != "float32"]
 
-    def kernel(self, **how: Any) -> dict[str, Any]:
-        """`probes.kernel`."""
+    def kernels(self, **how: Any) -> dict[str, dict[str, Any]]:
+        """`probes.kernels`."""
         from smtune.bench import probes
 
-        return probes.kernel(**how)
+        return probes.kernels(**how)
 
     def plans(self, model: str, limits: list[float], threads: int) -> list[dict[str, Any]]:
         """`probes.plans` on a model of its own, in fp32."""

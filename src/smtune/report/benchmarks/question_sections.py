@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks import sweeps, words
 from smtune.report.benchmarks.markdown import Pictures, bullets, image, prose, section, table
@@ -18,7 +20,7 @@ from smtune.report.benchmarks.records import (
     spread,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import OPEN, SCORING, dense_rate, kernel_cases, scoring_ratios
+from smtune.report.benchmarks.targets import OPEN, SCORING, dense_rates, kernel_cases, scoring_ratios
 
 
 def growth_section(results: Record, pictures: Pictures) -> str:
@@ -28,16 +30,17 @@ def growth_section(results: Record, pictures: Pictures) -> str:
         name = (series.axis.name, series.dtype)
         for measure in [*series.measures, "floor"]:
             target = series.axis.targets.get(measure)
-            exponent = words.exponent(sweeps.fit(series, measure), len(series.points))
+            exponent = words.exponent(sweeps.fit(series, measure))
             rows.append((*name, sweeps.MEASURES[measure], exponent, words.DASH if target is None else f"{target:g}"))
         flops = sweeps.flops_exponent(series)
         if flops is not None:
             rows.append((*name, "FLOPs above the floor, counted", f"{flops:.3f}", words.DASH))
-    text = """Exponents by least squares on the logarithms of the medians, with 95 % bootstrap intervals: 1 is linear, 0
-    flat. The step above the floor is a small difference of two large times. *Block operators* is the time in smtune's
-    own operators, the block gradients, by torch's profiler on steps of their own. In the sweep of layers blocks stay in
-    the top layers and layers without blocks are added below; each model has its own floor, which ends where the
-    blocks end."""
+    text = """Exponents of the power law nearest to the medians, by least squares in seconds, each point weighted by
+    what is known of it, with 95 % bootstrap intervals: 1 is linear, 0 flat. The step above the floor is a small
+    difference of two large times; where its median is not above zero, the point counts but has no place in the
+    picture. *Block operators* is the time in smtune's own operators, the block gradients, by torch's profiler on
+    steps of their own. In the sweep of layers blocks stay in the top layers and layers without blocks are added
+    below; each model has its own floor, which ends where the blocks end."""
     parts = [
         table(("against", "dtype", "time of", "exponent", "target"), rows),
         *(image(pictures, f"sweep {name}", f"Time against {axis.name}") for name, axis in sweeps.AXES.items()),
@@ -135,27 +138,32 @@ def _faster(estimate: Estimate | None) -> str:
     return "at use" if estimate.high < 0 else "after the step"
 
 
-BEST = 0.95
-"""What is used counts as the best of the candidates at this share of the best's speed."""
-
-
 def kernels_section(results: Record) -> str:
     """Candidates for the block gradient, a row for every shape."""
     cases = kernel_cases(results)
     candidates = list(dict.fromkeys(name for of in cases.values() for name in of))
     rows = []
     for case, of in cases.items():
-        rates = {name: dense_rate(record) or 0.0 for name, record in of.items()}
-        used = {name for name, record in of.items() if record.get("used")}
-        cells = [words.percent(rates[name], 0) if name in rates else words.DASH for name in candidates]
-        cells = [f"**{cell}**" if name in used else cell for name, cell in zip(candidates, cells)]
-        best = max(rates, key=lambda name: rates[name])
-        is_best = any(rates[name] >= BEST * rates[best] for name in used)
-        judged = ("yes" if is_best else f"no: {best}") if used else words.DASH
+        rates = {name: dense_rates(record) for name, record in of.items()}
+        used = next((name for name, record in of.items() if record.get("used")), None)
+        cells = [words.percent_with_quartiles(spread(rates[name])) if name in rates else "" for name in candidates]
+        cells = [f"**{cell}**" if name == used else cell or words.DASH for name, cell in zip(candidates, cells)]
+        judged = words.DASH if used is None else _is_best(used, rates)
         rows.append([*(words.DASH if value is None else str(value) for value in case), *cells, judged])
-    slack = words.percent(1 - BEST, 0)
-    text = f"""Speed of a block gradient as a share of the dense product's: the time that dYᵀX takes, scaled by the
-    share of blocks, over the candidate's. Bold is what is used here; it counts as best within {slack}."""
+    text = """Speed of a block gradient as a share of the dense product's: the time that dYᵀX takes, scaled by the
+    share of blocks, over the candidate's; medians, in brackets the middle half. All take turns in another order each
+    round, each after a dense product. Bold is what is used here. The fastest is named where the 95 % bootstrap interval
+    of the difference tells the two apart, which is not corrected for the number of candidates."""
     heads = ("device", "dtype", "tokens", "features", "l", "blocks", *candidates, "the used is best")
     parts = [table(heads, rows), _failed(results, "kernel", ("candidate", "dtype", "block_size", "blocks"))]
     return section("## Kernel candidates", prose(text), *parts) if any(parts) else ""
+
+
+def _is_best(used: str, rates: Mapping[str, np.ndarray]) -> str:
+    best = max(rates, key=lambda name: np.median(rates[name]))
+    if best == used:
+        return "yes"
+    estimate = difference(rates[best], rates[used])
+    if estimate is None or estimate.low <= 0:
+        return f"{OPEN} from {best}"
+    return f"no: {best}, by {100 * estimate.value:.0f} ({100 * estimate.low:.0f} to {100 * estimate.high:.0f}) points"

@@ -1,7 +1,8 @@
-"""How time grows: series of the "sweep" records, and the exponents that least squares on log-log fits to them.
+"""How time grows: series of the "sweep" records, and the power laws that weighted least squares fits to them.
 
-An exponent of 1 is linear growth, of 0 none. Its interval comes from drawing the pairs of every point again. Imports
-numpy and the modules beside it.
+An exponent of 1 is linear growth, of 0 none. Its interval comes from drawing the pairs of every point again. A fit on
+logarithms would have no place for a small difference of two noisy times, which may be below zero. Imports numpy and
+the modules beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from smtune.report.benchmarks.records import (
     FLOOR,
+    MIN_PAIRS,
     Record,
     all_flops,
     minus,
@@ -26,8 +28,10 @@ from smtune.report.benchmarks.records import (
 
 MIN_POINTS = 3
 """Fewer points fit no exponent."""
-MIN_VALUES = 3
-"""Fewer values of some point leave the exponent without an interval."""
+EXPONENTS = np.arange(-150, 151) / 50
+"""Those that are tried. An interval that reaches an end of them has no bound there."""
+SURE = 0.01
+"""No median counts as better known than to this share of it, or one point would decide alone."""
 TOLERANCE = 0.15
 """An exponent within this of its target counts as it."""
 
@@ -111,16 +115,13 @@ class Fit:
     """y = scale · x^exponent, with the exponent's 95 % interval.
 
     Attributes:
-        low, high: infinite where the data do not bound it.
-        used, points: points in the fit, and points there are. One at or below zero has no logarithm.
+        low, high: infinite where the data do not bound it, or some point has fewer than `MIN_PAIRS` values.
     """
 
     exponent: float
     low: float
     high: float
     scale: float
-    used: int
-    points: int
 
 
 def series(results: Record) -> list[Series]:
@@ -156,24 +157,52 @@ def _seconds(record: Record) -> dict[str, np.ndarray]:
 
 
 def fit(series: Series, measure: str) -> Fit | None:
-    """The exponent of one measure, or None where fewer than `MIN_POINTS` medians are above zero."""
-    used = [point for point in series.points if point.median(measure) > 0]
-    if len(used) < MIN_POINTS:
+    """The power law nearest to a measure's medians; None of fewer than `MIN_POINTS`, or if no positive one is near.
+
+    Least squares in seconds, every point weighted by the inverse variance of its median, as the bootstrap has it.
+    """
+    seconds = [point.seconds[measure] for point in series.points]
+    if len(seconds) < MIN_POINTS or not all(values.size for values in seconds):
         return None
-    x = np.log([point.x for point in used])
-    exponent, intercept = np.polyfit(x, np.log([point.median(measure) for point in used]), 1)
-    low, high = _interval(x, [point.seconds[measure] for point in used])
-    return Fit(float(exponent), low, high, math.exp(intercept), len(used), len(series.points))
+    x = np.array([point.x for point in series.points])
+    medians = np.array([np.median(values) for values in seconds])
+    draws = np.array([resampled_medians(values, seed) for seed, values in enumerate(seconds)]).T
+    deviations = np.maximum(draws.std(axis=0), SURE * np.maximum(np.abs(medians), 1e-9))
+    (exponent,), (scale,) = _power_laws(x, medians[None], deviations)
+    if math.isnan(exponent):
+        return None
+    exponents, _ = _power_laws(x, draws, deviations)
+    low, high = _bounds(exponents) if min(map(len, seconds)) >= MIN_PAIRS else (-math.inf, math.inf)
+    return Fit(float(exponent), low, high, float(scale))
 
 
-def _interval(x: np.ndarray, seconds: list[np.ndarray]) -> tuple[float, float]:
-    """95 % bootstrap interval of the slope. Few values, or many draws without a logarithm, do not bound it."""
-    medians = np.array([resampled_medians(values, seed) for seed, values in enumerate(seconds)])
-    positive = (medians > 0).all(axis=0)
-    if min(map(len, seconds)) < MIN_VALUES or positive.mean() < 0.975:
+def _power_laws(x: np.ndarray, seconds: np.ndarray, deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(exponents, scales) by row of `seconds`, (rows, points); not a number where no positive scale fits.
+
+    The best scale of every exponent is known in closed form, so only exponents are tried: those of `EXPONENTS`, and
+    the top of the parabola through the best and its neighbours.
+    """
+    unit = np.exp(np.log(x).mean())
+    powers = (x / unit)[:, None] ** EXPONENTS / deviations[:, None]
+    norms = (powers**2).sum(axis=0)
+    along = np.maximum(seconds / deviations @ powers, 0)  # the best scales, times the norms
+    gains = along**2 / norms  # by how much the sum of squares falls
+    rows, best = np.arange(len(seconds)), gains.argmax(axis=1)
+    inner = best.clip(1, len(EXPONENTS) - 2)
+    before, at, after = (gains[rows, inner + step] for step in (-1, 0, 1))
+    curvature = before - 2 * at + after
+    is_top = (inner == best) & (curvature < 0)
+    shift = np.where(is_top, (before - after) / np.where(is_top, 2 * curvature, 1), 0)
+    exponents = np.where(along[rows, best] > 0, EXPONENTS[best] + shift * (EXPONENTS[1] - EXPONENTS[0]), math.nan)
+    return exponents, along[rows, best] / norms[best] / unit**exponents
+
+
+def _bounds(exponents: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the draws; infinite where that reaches an end of those tried, or draws fit no exponent."""
+    if np.isnan(exponents).mean() > 0.025:
         return -math.inf, math.inf
-    low, high = np.quantile(np.polyfit(x, np.log(medians[:, positive]), 1)[0], (0.025, 0.975))
-    return float(low), float(high)
+    low, high = np.nanquantile(exponents, (0.025, 0.975))
+    return float(low) if low > EXPONENTS[0] else -math.inf, float(high) if high < EXPONENTS[-1] else math.inf
 
 
 def flops_exponent(series: Series) -> float | None:

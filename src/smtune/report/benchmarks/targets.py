@@ -36,11 +36,13 @@ STEP_TOKENS = 1024
 """The step targets are for the layer shapes of LLaMA-7B and at least so many tokens."""
 RIVALS = {
     "smt-0.84": ("lora", "lora-all", "dora", "shira", "supertuning", "full"),
-    "smt-4.91": ("lora-4.91",),
+    "smt-4.91": ("lora-4.91", "full"),
 }
 """Who has to be slower than whom."""
 EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lora-4.91"}}
 """By arm of SMT, adapters that train as many parameters."""
+ADDITIVE = {"smt-0.84": "smt-additive", "smt-4.91": "smt-additive-4.91"}
+"""By arm of SMT, which is resident, the same in the additive mode."""
 NAMES = {
     "lora": "LoRA",
     "lora-4.91": "LoRA 4.91 %",
@@ -273,7 +275,13 @@ def _below_lora(suite: Suite, key: str) -> tuple[str, str]:
 
 
 def _peak_counted(suite: Suite) -> tuple[str, str]:
-    return _below_lora(suite, "peak_tensor_bytes")
+    """Of the resident mode, which is the default; where it misses, the additive one is named too: it keeps no copy."""
+    text, verdict = _below_lora(suite, "peak_tensor_bytes")
+    for resident, additive in ADDITIVE.items():
+        peaks = [get(suite.arms.get(arm), "peak_tensor_bytes") for arm in (resident, additive, EQUAL[resident]["LoRA"])]
+        if all(peaks) and peaks[0] > peaks[2]:
+            text += f"; {label(suite.arms[additive])} {words.size(peaks[1])} ({words.signed_size(peaks[1] - peaks[2])})"
+    return text, verdict
 
 
 def _peak_process(suite: Suite) -> tuple[str, str]:
@@ -299,7 +307,7 @@ def _peak_full(suite: Suite) -> tuple[str, str]:
 
 def judge_exponent(fitted: sweeps.Fit | None, target: float) -> str:
     """HOLDS or MISSED where the exponent's whole interval is within the tolerance, or outside it."""
-    if fitted is None or fitted.used < fitted.points:
+    if fitted is None:
         return OPEN
     low, high = target - sweeps.TOLERANCE, target + sweeps.TOLERANCE
     if low <= fitted.low and fitted.high <= high:
@@ -317,7 +325,7 @@ def _growth(results: Record) -> list[Row]:
             of_sweep = [series for series in found if series.sweep == sweep and measure in series.measures]
             for series in of_sweep:
                 fitted = sweeps.fit(series, measure)
-                text, verdict = words.exponent(fitted, len(series.points)), judge_exponent(fitted, target)
+                text, verdict = words.exponent(fitted), judge_exponent(fitted, target)
                 rows.append(Row("4", what, f"sweep {sweep}, {series.dtype}", text, verdict))
             if not of_sweep:
                 rows.append(Row("4", what, "", "", ABSENT))
@@ -387,13 +395,14 @@ def _scoring(results: Record) -> list[Row]:
     return rows or [Row("scoring", what, "", "", ABSENT)]
 
 
+def dense_rates(record: Record) -> np.ndarray:
+    """A "kernel" record's speed as a share of that of the dense product beside it, by run."""
+    return np.array([b / a for a, b in zip(record.get("seconds") or (), record.get("ideal_seconds") or ()) if a])
+
+
 def dense_rate(record: Record) -> float | None:
-    """A "kernel" record's speed as a share of the dense product's, the median over its runs."""
-    seconds, ideal = record.get("seconds") or (), record.get("ideal_seconds") or ()
-    if len(seconds) == len(ideal):
-        return median(b / a for a, b in zip(seconds, ideal) if a)
-    mine, best = median(seconds), median(ideal)
-    return best / mine if mine and best else None
+    """The median of `dense_rates`."""
+    return median(dense_rates(record))
 
 
 def kernel_cases(results: Record) -> dict[tuple, dict[str, Record]]:

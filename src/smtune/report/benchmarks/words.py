@@ -45,6 +45,13 @@ def percent(value: float | None, decimals: int | None = None) -> str:
     return _minus(f"{100 * value:.{decimals}f} %")
 
 
+def percent_with_quartiles(spread: Spread | None) -> str:
+    """A median share, and the middle half in brackets, in whole percent."""
+    if spread is None:
+        return DASH
+    return f"{100 * spread.median:.0f} % ({100 * spread.low:.0f}–{100 * spread.high:.0f})"
+
+
 def size(n_bytes: float | None) -> str:
     """Bytes in the largest binary unit that gives a number of 1 or more."""
     if n_bytes is None:
@@ -67,13 +74,18 @@ def count(number: float | None) -> str:
     return DASH if number is None else _minus(f"{number:,.0f}")
 
 
-def exponent(fit: Fit | None, points: int) -> str:
-    """An exponent with its interval, and how many points it rests on."""
+def exponent(fit: Fit | None) -> str:
+    """An exponent with its interval."""
     if fit is None:
-        return f"no fit: fewer than three of {points} points above zero"
-    bounds = f"{hundredths(fit.low)} to {hundredths(fit.high)}" if math.isfinite(fit.low) else "no bounds"
-    below = "" if fit.used == points else f"; {points - fit.used} of {points} points not above zero, left out"
-    return f"{hundredths(fit.exponent)} ({bounds}{below})"
+        return "no fit"
+    has_low, has_high = math.isfinite(fit.low), math.isfinite(fit.high)
+    if has_low and has_high:
+        bounds = f"{hundredths(fit.low)} to {hundredths(fit.high)}"
+    elif has_low or has_high:
+        bounds = f"at least {hundredths(fit.low)}" if has_low else f"at most {hundredths(fit.high)}"
+    else:
+        bounds = "no bounds"
+    return f"{hundredths(fit.exponent)} ({bounds})"
 
 
 def hundredths(value: float) -> str:
