@@ -1,8 +1,10 @@
-"""The one place where the version stands, and of a checkout its commit."""
+"""What runs, for the record: the version, which stands here alone, a checkout's commit, and the command."""
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -18,6 +20,13 @@ def commit() -> str | None:
         return _git(source, "rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def command_line() -> str:
+    """The command that this process was started by, without the program's folder; "smtune" for `python -m smtune`."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -710,6 +710,13 @@ def test_exponents(power, noise, verdict):
     assert sweeps.flops_exponent(series) == pytest.approx(1)
 
 
+def test_what_has_a_part_that_does_not_grow_may_grow_slower():
+    found = sweeps.fit(sweep_of({x: 0.1 + 0.1 * x / 256 for x in (256, 512, 1024, 2048)}), "extra")
+    assert [judge_exponent(found, 1, at_most) for at_most in (False, True)] == [MISSED, HOLDS]
+    faster = sweeps.fit(sweep_of({x: 0.1 * (x / 256) ** 1.5 for x in (256, 512, 1024, 2048)}), "extra")
+    assert judge_exponent(faster, 1, at_most=True) == MISSED
+
+
 def test_a_point_within_the_noise_of_zero_counts_for_as_much_as_is_known_of_it():
     """Its median is below zero, and has no logarithm; the larger ones tell the exponent."""
     extras = {x: 0.1 * x / 1024 for x in (512, 1024, 2048)}

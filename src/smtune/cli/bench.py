@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from smtune.errors import InputError
+from smtune.version import command_line
 
 LOG_SECONDS = 60.0
 """Between two lines on what is going on, where the output is no terminal."""
@@ -65,7 +64,7 @@ def bench(
     else:
         _warn_if_busy(console)
         with _progress(console) as how:
-            results = run(request, output, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), how)
+            results = run(request, output, command_line(), how)
     for table in terminal_tables(results):
         Console().print(table)
     written = write_report(results, page)

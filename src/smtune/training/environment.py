@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
-import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from smtune.version import __version__, commit
+from smtune.version import __version__, command_line, commit
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -30,5 +27,5 @@ def describe_environment(device: torch.device, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "seed": seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }

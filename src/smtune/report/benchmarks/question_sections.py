@@ -31,16 +31,18 @@ def growth_section(results: Record, pictures: Pictures) -> str:
         for measure in [*series.measures, "floor"]:
             target = series.axis.targets.get(measure)
             exponent = words.exponent(sweeps.fit(series, measure))
-            rows.append((*name, sweeps.MEASURES[measure], exponent, words.DASH if target is None else f"{target:g}"))
+            shown = words.DASH if target is None else f"{'≤ ' * (measure in series.axis.at_most)}{target:g}"
+            rows.append((*name, sweeps.MEASURES[measure], exponent, shown))
         flops = sweeps.flops_exponent(series)
         if flops is not None:
             rows.append((*name, "FLOPs above the floor, counted", f"{flops:.3f}", words.DASH))
     text = """Exponents of the power law nearest to the medians, by least squares in seconds, each point weighted by
     what is known of it, with 95 % bootstrap intervals: 1 is linear, 0 flat. The step above the floor is a small
     difference of two large times; where its median is not above zero, the point counts but has no place in the
-    picture. *Block operators* is the time in smtune's own operators, the block gradients, by torch's profiler on
-    steps of their own. In the sweep of layers blocks stay in the top layers and layers without blocks are added
-    below; each model has its own floor, which ends where the blocks end."""
+    picture. It holds the writes of the blocks and the optimizer's step too, which do not grow with tokens. *Block
+    operators* is the time in smtune's own operators, the block gradients, by torch's profiler on steps of their
+    own. In the sweep of layers blocks stay in the top layers and layers without blocks are added below; each model
+    has its own floor, which ends where the blocks end."""
     parts = [
         table(("against", "dtype", "time of", "exponent", "target"), rows),
         *(image(pictures, f"sweep {name}", f"Time against {axis.name}") for name, axis in sweeps.AXES.items()),

@@ -305,11 +305,11 @@ def _peak_full(suite: Suite) -> tuple[str, str]:
 # -- 4: growth -------------------------------------------------------------------------------------------------------
 
 
-def judge_exponent(fitted: sweeps.Fit | None, target: float) -> str:
+def judge_exponent(fitted: sweeps.Fit | None, target: float, at_most: bool = False) -> str:
     """HOLDS or MISSED where the exponent's whole interval is within the tolerance, or outside it."""
     if fitted is None:
         return OPEN
-    low, high = target - sweeps.TOLERANCE, target + sweeps.TOLERANCE
+    low, high = -np.inf if at_most else target - sweeps.TOLERANCE, target + sweeps.TOLERANCE
     if low <= fitted.low and fitted.high <= high:
         return HOLDS
     return MISSED if fitted.high < low or fitted.low > high else OPEN
@@ -320,13 +320,17 @@ def _growth(results: Record) -> list[Row]:
     found = [series for series in sweeps.series(results) if series.arm.startswith("smt")]
     for sweep, axis in sweeps.AXES.items():
         for measure, target in axis.targets.items():
+            at_most = measure in axis.at_most
             growth = "linear" if target else "flat"
-            what = f"{sweeps.MEASURES[measure]} against {axis.name}: {growth}, exponent {target:g} ± {sweeps.TOLERANCE}"
+            bound = f"{target:g} ± {sweeps.TOLERANCE}"
+            if at_most:
+                growth, bound = f"no faster than {growth}", f"at most {target + sweeps.TOLERANCE:g}"
+            what = f"{sweeps.MEASURES[measure]} against {axis.name}: {growth}, exponent {bound}"
             of_sweep = [series for series in found if series.sweep == sweep and measure in series.measures]
             for series in of_sweep:
                 fitted = sweeps.fit(series, measure)
-                text, verdict = words.exponent(fitted), judge_exponent(fitted, target)
-                rows.append(Row("4", what, f"sweep {sweep}, {series.dtype}", text, verdict))
+                verdict = judge_exponent(fitted, target, at_most)
+                rows.append(Row("4", what, f"sweep {sweep}, {series.dtype}", words.exponent(fitted), verdict))
             if not of_sweep:
                 rows.append(Row("4", what, "", "", ABSENT))
     return rows
