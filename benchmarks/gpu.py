@@ -133,7 +133,7 @@ def time_kernels(
 
     runs: dict[str, Callable[[], Any]] = {
         "triton": lambda: [block_grad(grad_y, x, index) for grad_y, index in zip(grads, indices)],
-        "loop": gradients(lambda *operands: block_grad_loop(*operands, widen=False)),
+        "loop": gradients(lambda *operands: block_grad_loop(*operands, "strided")),
         "grouped": gradients(grouped),
         "bmm": gradients(bmm),
         "dense": lambda: [grad_y.T @ x for grad_y in grads],

@@ -93,7 +93,7 @@ def test_widened_block_grads_are_never_rounded_to_16_bits(case):
     x, weight, _, index = case
     x = x.flatten(0, -2)
     grad_y = torch.randn(len(x), weight.shape[0], generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    actual = block_grad_loop(grad_y, x, index.pairs, index.grid.block_size, widen=True)
+    actual = block_grad_loop(grad_y, x, index.pairs, index.grid.block_size, "widened")
     close(actual, block_grad_reference(grad_y, x, index), torch.float32)
 
 

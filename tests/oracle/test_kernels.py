@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smtune.blocks import BlockGrid, BlockIndex, scatter_
-from smtune.kernels import block_grad, block_grad_reference
+from smtune.kernels import block_grad, block_grad_reference, loop
 from smtune.kernels.candidates import CANDIDATES, used_candidate
 from smtune.kernels.loop import block_product_loop_
 
@@ -31,12 +31,40 @@ def test_candidate_equals_the_dense_gradient_at_the_blocks(name, dtype):
     torch.testing.assert_close(actual, expected, rtol=0, atol=BOUND[dtype] * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("size", [16, 144])
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-def test_the_used_candidate_is_what_block_grad_computes(dtype):
-    index = BlockIndex.from_pairs(BlockGrid(64, 48, 16), PAIRS)
+def test_the_used_candidate_is_what_block_grad_computes(dtype, size):
+    index = BlockIndex.from_pairs(BlockGrid(4 * size, 3 * size, size), PAIRS)
     grad_y, x = operands(dtype, index)
-    candidate = CANDIDATES[used_candidate(dtype, x.device)]
-    assert torch.equal(block_grad(grad_y, x, index), candidate(grad_y, x, index.pairs, 16))
+    candidate = CANDIDATES[used_candidate(dtype, x.device, size)]
+    assert torch.equal(block_grad(grad_y, x, index), candidate(grad_y, x, index.pairs, size))
+
+
+def test_small_bf16_blocks_go_in_batches_where_the_cpu_multiplies_bf16(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(loop, "cpu_multiplies_bf16", lambda: True)
+    assert [loop.way(torch.bfloat16, cpu, size) for size in (64, 128, 192)] == ["batched", "batched", "strided"]
+    assert [loop.way(dtype, cpu, 64) for dtype in (torch.float32, torch.float16)] == ["strided", "widened"]
+    assert loop.way(torch.bfloat16, gpu, 64) == "widened"
+    monkeypatch.setattr(loop, "cpu_multiplies_bf16", lambda: False)
+    assert loop.way(torch.bfloat16, cpu, 64) == "widened"
+
+
+@pytest.mark.parametrize(("n_tokens", "limit", "most"), [(37, 2**20, 3), (37, 5000, 2), (37, 1, 1), (0, 2**20, 3)])
+def test_a_batch_copies_no_more_than_it_may(n_tokens, limit, most, monkeypatch):
+    """Of 37 tokens a block of 16² has 2,368 bytes in bf16; one block always goes."""
+    index = BlockIndex.from_pairs(BlockGrid(64, 48, 16), PAIRS)
+    grad_y, x = operands(torch.bfloat16, index, n_tokens)
+    batches = []
+    bmm = torch.bmm
+    monkeypatch.setattr(loop.torch, "bmm", lambda a, b, out: (batches.append(len(a)), bmm(a, b, out=out)))
+    monkeypatch.setattr(loop, "BATCH_BLOCKS", 3)
+    monkeypatch.setattr(loop, "BATCH_BYTES", limit)
+    actual = loop.block_grad_loop(grad_y, x, index.pairs, 16, "batched")
+    assert (max(batches), sum(batches)) == (most, len(PAIRS))
+    expected = block_grad_reference(grad_y, x, index)
+    bound = BOUND[torch.bfloat16] * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -149,7 +149,12 @@ def kernels(
 
     share = blocks / grid.n_blocks
     found: dict[str, dict[str, Any]] = {
-        name: {"used": name == used_candidate(DTYPES[dtype], where), "seconds": [], "ideal_seconds": [], "error": None}
+        name: {
+            "used": name == used_candidate(DTYPES[dtype], where, block_size),
+            "seconds": [],
+            "ideal_seconds": [],
+            "error": None,
+        }
         for name in candidates
     }
     shuffler = random.Random(0)

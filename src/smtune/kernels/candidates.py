@@ -1,7 +1,7 @@
 """Ways to compute a block gradient with plain products, for the benchmarks to time side by side.
 
-Each takes (grad_y_NO, x_NI, pairs, block_size) and returns the (m, l, l) of `block_grad_loop`, which is two of them:
-`used_candidate` says which. What each one costs is in docs/adr/0008.
+Each takes (grad_y_NO, x_NI, pairs, block_size) and returns the (m, l, l) of `block_grad_loop`, which is three of
+them: `loop.way` says which. What each one costs is in docs/adr/0008 and 0020.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from smtune.kernels.loop import Pairs, block_grad_loop, widens
+from smtune.kernels.loop import Pairs, block_grad_loop, way
 from smtune.kernels.reference import accumulation_dtype
 
 Candidate = Callable[[Tensor, Tensor, Pairs, int], Tensor]
 
 
-def used_candidate(dtype: torch.dtype, device: torch.device) -> str:
-    """The name in `CANDIDATES` of what the loop does with operands of `dtype` on `device`."""
-    return "widened" if widens(dtype, device) else "strided"
+def used_candidate(dtype: torch.dtype, device: torch.device, block_size: int) -> str:
+    """The name in `CANDIDATES` of what the loop does with such blocks of operands of `dtype` on `device`."""
+    return way(dtype, device, block_size)
 
 
 def strided(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) -> Tensor:
     """One GEMM a block, dYᵀ X on strided views, in the operands' dtype."""
-    return block_grad_loop(grad_y_NO, x_NI, pairs, block_size, widen=False)
+    return block_grad_loop(grad_y_NO, x_NI, pairs, block_size, "strided")
 
 
 def strided_transposed(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) -> Tensor:
@@ -38,7 +38,12 @@ def strided_transposed(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size
 
 def widened(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) -> Tensor:
     """As `strided`, with 16-bit operands first converted to fp32."""
-    return block_grad_loop(grad_y_NO, x_NI, pairs, block_size, widen=True)
+    return block_grad_loop(grad_y_NO, x_NI, pairs, block_size, "widened")
+
+
+def batched(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) -> Tensor:
+    """One batched product for some blocks at a time, on copies of their columns that stay in the caches."""
+    return block_grad_loop(grad_y_NO, x_NI, pairs, block_size, "batched")
 
 
 def copied(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) -> Tensor:
@@ -79,7 +84,7 @@ def rectangle(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) ->
 
 CANDIDATES: dict[str, Candidate] = {
     candidate.__name__: candidate
-    for candidate in (strided, strided_transposed, widened, copied, grouped, bmm, rectangle)
+    for candidate in (strided, strided_transposed, widened, batched, copied, grouped, bmm, rectangle)
 }
 
 
