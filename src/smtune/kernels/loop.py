@@ -30,7 +30,7 @@ def cpu_multiplies_bf16() -> bool:
 
 BATCHED_SIZE = 128
 """The largest block of bf16 that a CPU multiplies in batches."""
-BATCH_BLOCKS, BATCH_BYTES = 16, 8 * 2**20
+BATCH_BLOCKS, BATCH_BYTES = 16, 4 * 2**20
 """Blocks of a batch, at most, and what its copies of dY and X may take: what stays in the caches."""
 
 
@@ -85,10 +85,12 @@ def _in_batches(grad_y_NO: Tensor, x_NU: Tensor, pairs: Pairs, size: int) -> Ten
     of_one = 2 * len(x_NU) * size * x_NU.itemsize
     batch = min(BATCH_BLOCKS, max(1, BATCH_BYTES // max(1, of_one)))
     grad = torch.empty(len(pairs), size, size, dtype=x_NU.dtype, device=x_NU.device)
+    copies = x_NU.new_empty(2, min(batch, len(pairs)), len(x_NU), size)  # the same memory for every batch
     for start in range(0, len(pairs), batch):
         some = pairs[start : start + batch]
-        grad_y_bNl = torch.stack([grad_y_NO[:, row * size : (row + 1) * size] for row, _ in some])
-        x_bNl = torch.stack([x_NU[:, col * size : (col + 1) * size] for _, col in some])
+        grad_y_bNl, x_bNl = copies[:, : len(some)]
+        torch.stack([grad_y_NO[:, row * size : (row + 1) * size] for row, _ in some], out=grad_y_bNl)
+        torch.stack([x_NU[:, col * size : (col + 1) * size] for _, col in some], out=x_bNl)
         torch.bmm(grad_y_bNl.transpose(1, 2), x_bNl, out=grad[start : start + batch])
     return grad
 
