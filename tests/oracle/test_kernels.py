@@ -7,7 +7,7 @@ import torch
 
 from smtune.blocks import BlockGrid, BlockIndex, scatter_
 from smtune.kernels import block_grad, block_grad_reference, loop
-from smtune.kernels.candidates import CANDIDATES, used_candidate
+from smtune.kernels.candidates import CANDIDATES
 from smtune.kernels.loop import block_product_loop_
 
 PAIRS = [(3, 1), (0, 2), (3, 0), (0, 0), (1, 2)]
@@ -36,7 +36,7 @@ def test_candidate_equals_the_dense_gradient_at_the_blocks(name, dtype):
 def test_the_used_candidate_is_what_block_grad_computes(dtype, size):
     index = BlockIndex.from_pairs(BlockGrid(4 * size, 3 * size, size), PAIRS)
     grad_y, x = operands(dtype, index)
-    candidate = CANDIDATES[used_candidate(dtype, x.device, size)]
+    candidate = CANDIDATES[loop.way(dtype, x.device, size)]
     assert torch.equal(block_grad(grad_y, x, index), candidate(grad_y, x, index.pairs, size))
 
 

@@ -17,7 +17,8 @@ from smtune.bench.floor import end_backward_at
 from smtune.bench.plans import paper_share
 from smtune.bench.subjects import QKV, Subject, attention_inputs
 from smtune.blocks import BlockGrid
-from smtune.kernels.candidates import CANDIDATES, used_candidate
+from smtune.kernels.candidates import CANDIDATES
+from smtune.kernels.loop import way
 from smtune.models import DTYPES
 
 SCORED_BATCHES, ROWS, MAX_LENGTH = 8, 4, 256
@@ -150,7 +151,7 @@ def kernels(
     share = blocks / grid.n_blocks
     found: dict[str, dict[str, Any]] = {
         name: {
-            "used": name == used_candidate(DTYPES[dtype], where, block_size),
+            "used": name == way(DTYPES[dtype], where, block_size),
             "seconds": [],
             "ideal_seconds": [],
             "error": None,

@@ -12,15 +12,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from smtune.kernels.loop import Pairs, block_grad_loop, way
+from smtune.kernels.loop import Pairs, block_grad_loop
 from smtune.kernels.reference import accumulation_dtype
 
 Candidate = Callable[[Tensor, Tensor, Pairs, int], Tensor]
-
-
-def used_candidate(dtype: torch.dtype, device: torch.device, block_size: int) -> str:
-    """The name in `CANDIDATES` of what the loop does with such blocks of operands of `dtype` on `device`."""
-    return way(dtype, device, block_size)
 
 
 def strided(grad_y_NO: Tensor, x_NI: Tensor, pairs: Pairs, block_size: int) -> Tensor:

@@ -29,7 +29,7 @@ def block_grad(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
         (m, l, l) in index order, accumulated in fp32 (fp64 for fp64 operands) and returned in that dtype.
     Raises:
         InputError: the operands do not fit the index or each other.
-    Cost: 2·N·m·l² FLOP, no copy of grad_y.
+    Cost: 2·N·m·l² FLOP; grad_y is never copied whole.
     Source: paper §3.1, equation 2.
     """
     grid = index.grid

@@ -45,7 +45,7 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def way(dtype: torch.dtype, device: torch.device, block_size: int) -> str:
-    """How the loop computes blocks: "strided", "widened" or "batched"."""
+    """How the loop computes blocks, by its name in `candidates.CANDIDATES`: "strided", "widened" or "batched"."""
     if widens(dtype, device):
         return "widened"
     is_small = dtype == torch.bfloat16 and device.type == "cpu" and block_size <= BATCHED_SIZE
