@@ -148,8 +148,8 @@ def kernels_section(results: Record) -> str:
     for case, of in cases.items():
         rates = {name: dense_rates(record) for name, record in of.items()}
         used = next((name for name, record in of.items() if record.get("used")), None)
-        cells = [words.percent_with_quartiles(spread(rates[name])) if name in rates else "" for name in candidates]
-        cells = [f"**{cell}**" if name == used else cell or words.DASH for name, cell in zip(candidates, cells)]
+        cells = [words.percent_with_quartiles(spread(rates.get(name, ()))) for name in candidates]
+        cells = [f"**{cell}**" if name == used else cell for name, cell in zip(candidates, cells)]
         judged = words.DASH if used is None else _is_best(used, rates)
         rows.append([*(words.DASH if value is None else str(value) for value in case), *cells, judged])
     text = """Speed of a block gradient as a share of the dense product's: the time that dYᵀX takes, scaled by the
