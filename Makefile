@@ -54,8 +54,11 @@ check: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -q tests/unit/test_imports.py
 
-# Some five hours on two cores, which should have nothing else to do; a stopped run goes on where it was.
-BENCH := $(BIN)/smtune bench --dtype float32,bfloat16 --output docs/results/bench.json --page docs/benchmarks.md
+# Some five hours on two cores, which should have nothing else to do; a stopped run goes on where it was. A file holds the
+# records of one kind of machine: on another, `make bench RESULTS=docs/results/bench_mine.json PAGE=docs/benchmarks_mine.md`.
+RESULTS := docs/results/bench.json
+PAGE := docs/benchmarks.md
+BENCH := $(BIN)/smtune bench --dtype float32,bfloat16 --output $(RESULTS) --page $(PAGE)
 
 bench: $(INSTALLED)
 	$(BENCH) --suite all --rival benchmarks/appendix_a.py

@@ -17,10 +17,11 @@ from smtune.bench.plans import paper_share, random_plan, used_columns
 from smtune.bench.process import Child, ChildError
 from smtune.bench.request import Request, jobs
 from smtune.bench.results import Results
-from smtune.bench.run import groups
+from smtune.bench.run import How, groups, run_series
 from smtune.bench.sift import SparseEntries, sift
 from smtune.bench.subjects import attention_inputs, find_subject
 from smtune.bench.turns import pair, turns
+from smtune.bench.worker import Worker
 from smtune.kernels.candidates import CANDIDATES
 
 RIVAL = str(Path(__file__).parents[2] / "benchmarks" / "appendix_a.py")
@@ -45,8 +46,9 @@ def test_every_arm_is_built_and_steps(name, dtype):
         seconds = measure.step(arm, batch)
     assert set(seconds) == set(measure.PHASES)
     assert all(second >= 0 for second in seconds.values())
-    assert (not arm.trained) == (name == "floor")
-    assert any(not torch.equal(old, new) for old, new in zip(start, arm.trained)) == (name != "floor")
+    trains = name not in ("floor", "control")
+    assert bool(arm.trained) == trains
+    assert any(not torch.equal(old, new) for old, new in zip(start, arm.trained)) == trains
     assert all(parameter.grad is None for parameter in arm.trained)
     if name != "full":
         assert all(parameter.dtype == torch.float32 for parameter in arm.trained)
@@ -411,7 +413,7 @@ def test_a_worker_speaks_json_alone_and_tells_of_faults():
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert "strided" in first["ok"]
     assert second == {"ok": {}}
-    assert "AttributeError" in third["error"]
+    assert "KeyError" in third["error"]
     assert "noise" in done.stderr
 
 
@@ -422,6 +424,39 @@ def test_a_dead_child_says_how_it_died():
         child._process.kill()
         with pytest.raises(ChildError, match="signal 9"):
             child.ask("step")
+
+
+def test_arms_of_one_process_share_the_models_weights_and_nothing_else():
+    worker = Worker()
+    asked = {"model": "llama-64x2", "dtype": "float32", "tokens": TOKENS, "threads": 1}
+    for name in ("floor", "dense-v", "smt-0.84"):
+        worker.build(arm=name, name=name, **asked)
+    places = [
+        {key.replace("base_model.model.", "").replace("base_layer.", ""): each.data_ptr() for key, each in named}
+        for named in (arm.model.named_parameters() for arm in worker._arms.values())
+    ]
+    assert all(place[key] == places[0][key] for place in places for key in places[0])
+    assert not any(each.requires_grad for each in worker._arms["floor"].model.parameters())
+    assert [len(arm.trained) > 0 for arm in worker._arms.values()] == [False, True, True]
+    for name in worker._arms:
+        assert worker.step(name=name)["forward"] > 0
+    worker.drop("dense-v")
+    with pytest.raises(KeyError):
+        worker.step(name="dense-v")
+
+
+def test_an_arm_that_kills_the_process_is_recorded_and_the_others_are_timed(tmp_path, monkeypatch):
+    killer = "import os; os.kill(os.getpid(), 9)"
+    rival = tmp_path / "rival.py"
+    rival.write_text(killer)
+    series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["appendix-a", "smt-0.84"], str(rival))
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+    run_series(series, results, How(rounds=2, threads=1))
+    found = {each["arm"]: each for each in results.records}
+    assert "signal 9" in found["appendix-a"]["error"]
+    assert found["smt-0.84"]["error"] is None
+    assert len(found["smt-0.84"]["rounds"]) == 2
+    assert found["floor"]["error"] is None
 
 
 def test_models_by_name():

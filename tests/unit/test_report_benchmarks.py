@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,6 +348,15 @@ def verdicts(results, what, where=None):
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "benchmarks_xeon"])
+def test_the_committed_pages_are_those_of_their_records(name, tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    results = json.loads((docs / "results" / f"{name.replace('marks', '')}.json").read_text(encoding="utf-8"))
+    page, *pictures = write_report(results, tmp_path / f"{name}.md")
+    assert page.read_text(encoding="utf-8") == (docs / page.name).read_text(encoding="utf-8")
+    assert {path.name for path in pictures} == {path.name for path in (docs / name).iterdir()}
 
 
 def test_every_picture_is_there_and_linked_relatively(written):

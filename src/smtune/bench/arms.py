@@ -276,6 +276,12 @@ def _floor(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
     return Arm("floor", "floor", model)
 
 
+def _control(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
+    arm = _floor(model, setting, batch)
+    arm.label = "floor again (control)"
+    return arm
+
+
 class MasterLinear(nn.Module):
     """A 16-bit linear layer whose weight is trained in fp32: cast at each use, as under autocast."""
 
@@ -320,6 +326,7 @@ def _full_offloaded(model: nn.Module, setting: Setting, batch: dict[str, Tensor]
 
 BUILDERS: dict[str, Builder] = {
     "floor": _floor,
+    "control": _control,
     "smt-0.43": _smt(0.43),
     "smt-0.84": _smt(0.84),
     "smt-1.26": _smt(1.26),

@@ -1,10 +1,9 @@
-"""The parent: starts the processes, gives them their turns, pairs their times with the floor's, keeps the records."""
+"""The parent: starts the processes, gives the arms their turns, pairs their times with the floor's, keeps records."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ class How:
     Attributes:
         rounds: timed rounds.
         warmups: steps of each arm before them.
-        threads: of each process; one steps at a time.
+        threads: of each process; one is busy at a time.
         device: "cpu" or "cuda".
         say: told what is going on, often.
         tell: told of each finished record.
@@ -73,77 +72,94 @@ def groups(series: Series, cases: Sequence[Case], memory: float) -> Iterator[lis
     yield from ([case] for case in alone)
 
 
+COUNTED_STEPS = 2
+"""Of an arm in its own process, over which that process's peak memory is taken."""
+
 BESIDE = ("flops", "saved_bytes", "peak_tensor_bytes", "peak_rss_bytes")
 """What an arm's record keeps of the floor that ran beside it."""
 
 
 class _Group:
-    """Processes that are there at the same time."""
+    """Arms that are there at the same time: timed in one process, then each counted in one of its own."""
 
     def __init__(self, series: Series, floor: Case, results: Results, how: How) -> None:
         self.series = series
         self.floor = floor
         self.results = results
         self.how = how
-        self.children: dict[str, Child] = {}
         self.cases: dict[str, Case] = {}
         self.records: dict[str, dict[str, Any]] = {}
+        self.failed: set[str] = set()
 
     def run(self, cases: Sequence[Case]) -> None:
         self.load_before = machine.load()
-        with ExitStack() as stack:
-            self._start(self.floor, stack)
+        try:
+            rounds, floor_steps = self._timed(cases)
+        except ChildError:
+            left = [case for case in cases if case.name not in self.failed]
+            if len(left) == len(cases):
+                raise
+            return self.run(left)  # the process died of an arm: again, without it
+        floor = self._counted(self.floor, {"rounds": [], "steps": floor_steps})
+        if self.series.kind == "arm" and not self.results.has(floor):
+            self._keep(floor)
+        beside = {f"floor_{name}": floor[name] for name in BESIDE}
+        for name in rounds:
+            case = self.cases[name]
+            try:
+                record = self._counted(case, {"rounds": rounds[name], **beside})
+            except ChildError as error:
+                self._fail(case, error)
+            else:
+                self._keep(record)
+
+    def _timed(self, cases: Sequence[Case]) -> tuple[dict[str, list[dict[str, Any]]], list[Seconds]]:
+        """As `_rounds`, in a process that is there for them."""
+        self.records.clear()
+        with Child(self.how.threads) as child:
+            self._start(child, self.floor)
             for case in cases:
                 try:
-                    self._start(case, stack)
+                    self._start(child, case)
                 except ChildError as error:
-                    self._fail(case.name, error)
-            usage = machine.OthersUsage(child.pid for child in self.children.values())
-            rounds, floor_steps = self._rounds()
+                    self._fail(case, error)
+                    child.ask("drop", name=case.name)
+            usage = machine.OthersUsage([child.pid])
+            timed = self._rounds(child)
             self.others_cores = usage.cores()
-            floor = self._finish("floor", {"rounds": [], "steps": floor_steps})
-            if self.series.kind == "arm" and not self.results.has(floor):
-                self._keep(floor)
-            counted = {f"floor_{name}": floor[name] for name in BESIDE}
-            for name in [name for name in self.children if name != "floor"]:
-                try:
-                    record = self._finish(name, {"rounds": rounds[name], **counted})
-                except ChildError as error:
-                    self._fail(name, error)
-                else:
-                    self._keep(record)
+        return timed
 
-    def _start(self, case: Case, stack: ExitStack) -> None:
-        """A process with the arm built and warm."""
-        self.how.say(f"{self.series.suite}: {case.name}: building")
+    def _start(self, child: Child, case: Case) -> None:
+        """The arm built and warm."""
         self.cases[case.name] = case
-        child = stack.enter_context(Child(self.how.threads))
-        built = build(child, self.series, case, self.how)
+        self.how.say(f"{self.series.suite}: {case.name}: building")
+        built = build(child, self.series, case, self.how, case.name)
+        self.records[case.name] = self.series.record(case) | built | case.fields
         for number in range(self.how.warmups):
             self.how.say(f"{self.series.suite}: {case.name}: warm-up {number + 1} of {self.how.warmups}")
-            child.ask("step")
-        self.children[case.name] = child
-        self.records[case.name] = self.series.record(case) | built | case.fields
+            child.ask("step", name=case.name)
 
-    def _rounds(self) -> tuple[dict[str, list[dict[str, Any]]], list[Seconds]]:
+    def _rounds(self, child: Child) -> tuple[dict[str, list[dict[str, Any]]], list[Seconds]]:
         """All rounds, after one that does not count: while the others were built, each arm's memory went cold.
 
         Returns the pairs of each arm that is still there, and the floor's steps.
         """
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in self.children if name != "floor"}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in self.records if name != "floor"}
         floor_steps: list[Seconds] = []
         for number in range(-1, self.how.rounds):
             order, seconds = [], []
             for name in turns(list(rounds), number):
-                if name not in self.children:
+                if name != "floor" and name not in rounds:
                     continue
                 self.how.say(self._progress(name, number, rounds.get(name, [])))
                 try:
-                    seconds.append(self.children[name].ask("step", fresh_peak=number == 0 and name not in order))
+                    seconds.append(child.ask("step", name=name))
                 except ChildError as error:
                     if name == "floor":
                         raise
-                    self._fail(name, error)
+                    del rounds[name]
+                    self._fail(self.cases[name], error)
+                    child.ask("drop", name=name)
                     continue
                 order.append(name)
             for place, name in enumerate(order if number >= 0 else ()):
@@ -158,20 +174,23 @@ class _Group:
         ratio = f", {median_ratio(rounds):.3f} × floor so far" if rounds else ""
         return f"{self.series.suite}: round {number + 1} of {self.how.rounds}: {name}{ratio}"
 
-    def _finish(self, name: str, measured: dict[str, Any]) -> dict[str, Any]:
-        """What is counted, after the timed rounds; the whole record."""
-        child = self.children[name]
-        self.how.say(f"{self.series.suite}: {name}: counting")
-        record = self.records[name] | measured
-        record |= child.ask("counts", block_ops=self.series.block_ops)
-        record["adapter"], record["adapter_error"] = None, None
-        if self.series.kind == "arm":
-            try:
-                record["adapter"] = child.ask("adapter")
-            except ChildError as error:
-                record["adapter_error"] = str(error)
-        child.close()
+    def _counted(self, case: Case, measured: dict[str, Any]) -> dict[str, Any]:
+        """The whole record, with what is counted in a fresh process."""
+        self.how.say(f"{self.series.suite}: {case.name}: counting")
+        with Child(self.how.threads) as child:
+            build(child, self.series, case, self.how)
+            for number in range(self.how.warmups + COUNTED_STEPS):
+                child.ask("step", fresh_peak=number == self.how.warmups)
+            record = self.records[case.name] | measured
+            record |= child.ask("counts", block_ops=self.series.block_ops)
+            record["adapter"], record["adapter_error"] = None, None
+            if self.series.kind == "arm":
+                try:
+                    record["adapter"] = child.ask("adapter")
+                except ChildError as error:
+                    record["adapter_error"] = str(error)
         record["fraction_of_7b"] = fraction_of_7b(record)
+        record["timed_on"] = "shared weights"
         return record | {"others_cores": self.others_cores, "error": None, "load": [self.load_before, machine.load()]}
 
     def _keep(self, record: dict[str, Any]) -> None:
@@ -179,22 +198,20 @@ class _Group:
         ratio = f": {median_ratio(record['rounds']):.3f} × floor" if record["rounds"] else ""
         self.how.tell(f"{record['suite']}: {record['label']}{ratio}")
 
-    def _fail(self, name: str, error: ChildError) -> None:
-        """Record that the arm cannot run, and go on without it."""
-        case = self.cases[name]
-        child = self.children.pop(name, None)
-        if child is not None:
-            child.close()
-        record = {"label": case.name, "rounds": []} | self.series.record(case) | self.records.get(name, {})
+    def _fail(self, case: Case, error: ChildError) -> None:
+        """Record that the arm cannot run."""
+        self.failed.add(case.name)
+        record = {"label": case.name, "rounds": []} | self.series.record(case) | self.records.pop(case.name, {})
         record |= {"error": str(error), "load": [self.load_before, machine.load()]}
         self.results.add(record)
-        self.how.tell(f"{self.series.suite}: {name}: cannot run: {error}")
+        self.how.tell(f"{self.series.suite}: {case.name}: cannot run: {error}")
 
 
-def build(child: Child, series: Series, case: Case, how: How) -> dict[str, Any]:
+def build(child: Child, series: Series, case: Case, how: How, name: str = "arm") -> dict[str, Any]:
     """Have the process make the arm of a case. Returns what a record says of it."""
     return child.ask(
         "build",
+        name=name,
         arm=case.arm,
         model=series.model,
         dtype=series.dtype,

@@ -8,6 +8,7 @@ in bf16, as published models' are in 16 bits, which is what SMT's copy of the ba
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,12 @@ def find_subject(name: str) -> Subject:
     hidden, layers = int(match[1]), int(match[2])
     shape = (hidden, round(2.75 * hidden / 64) * 64, layers, 64)
     return Subject(name, block_size=min(256, hidden // 4), batch=1, llama=shape)
+
+
+def same_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters are its own, and lie where the model's do."""
+    shared = {id(each): nn.Parameter(each.data, each.requires_grad) for each in model.parameters()}
+    return copy.deepcopy(model, shared)
 
 
 def _llama(hidden: int, intermediate: int, layers: int, head_dim: int, dtype: str, device: str) -> nn.Module:

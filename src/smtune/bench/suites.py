@@ -10,7 +10,7 @@ from smtune.bench.plans import paper_share
 from smtune.bench.subjects import find_subject
 
 ARMS = (
-    "floor smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
+    "floor control smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
     "lora-all dora shira supertuning dense-v sift appendix-a full"
 ).split()
 """The arms of a comparison, in the order of its table."""
@@ -137,11 +137,16 @@ def table1(model: str, dtype: str, tokens: int) -> Series:
 
 
 def needed_memory(series: Series, case: Case | None) -> int:
-    """Bytes that the process of a case will need, roughly, from shapes; of the floor without a case."""
+    """Bytes that a case needs, roughly, from shapes, beside the weights it shares; of the floor with them, without one.
+
+    Activations are there one arm at a time, and counted with the floor.
+    """
     subject = find_subject(series.model)
     itemsize = 4 if series.dtype == "float32" else 2
     base = subject.params * itemsize
-    factor = {"full": 4.0, "full-cpuadam": 8.0}.get(case.arm if case else "", 1.4)
-    if case is not None and case.arm in ("dora", "shira", "supertuning", "sift", "dense-v"):
-        factor = 2.0  # dense matrices of q, k, v beside the base's
-    return round(base * factor) + subject.activation_values(series.tokens) * itemsize + (1 << 29)
+    if case is None:
+        return 2 * base + subject.activation_values(series.tokens) * itemsize + (1 << 29)
+    share = {"full": 3.0, "full-cpuadam": 7.0}.get(case.arm, 0.4)
+    if case.arm in ("dora", "shira", "supertuning", "sift", "dense-v"):
+        share = 1.0  # dense matrices of q, k, v beside the base's
+    return round(base * share)

@@ -1,4 +1,7 @@
-"""One arm in a process of its own: `python -m smtune.bench.worker`, driven by lines of JSON.
+"""Arms in a process of their own: `python -m smtune.bench.worker`, driven by lines of JSON.
+
+Arms of one process are of one model and share its weights: equal steps on weights that lie elsewhere in memory differ
+by up to a tenth. What they train of these weights, they train for all; a step's time does not depend on the values.
 
 A request is `{"do": command, …}` on the standard input, its answer `{"ok": …}` or `{"error": …}` on what was the
 standard output when the process started. Whatever libraries print goes to the error stream.
@@ -16,7 +19,13 @@ from typing import Any, TextIO
 
 
 class Worker:
-    """Holds the arm between requests."""
+    """Holds the model, the batch and the arms, by name, between requests."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._of: tuple[Any, ...] = ()
+        self._arms: dict[str, Any] = {}
+        self._peak_is_of_steps = False
 
     def build(
         self,
@@ -27,75 +36,85 @@ class Worker:
         device: str = "cpu",
         threads: int | None = None,
         plan: dict | None = None,
+        name: str = "arm",
         **options: Any,
     ) -> dict[str, Any]:
-        """Load the model and make the arm. Returns what a record says of it."""
+        """Make the arm, on a model of its own that has the weights of the other arms'.
+
+        Returns what a record says of it.
+        """
         import torch
 
         from smtune.bench import arms, measure
         from smtune.bench.plans import used_columns
-        from smtune.bench.subjects import find_subject
+        from smtune.bench.subjects import find_subject, same_weights
         from smtune.selection import Plan
 
         if threads is not None:
             torch.set_num_threads(threads)
         subject = find_subject(model)
-        base: Any = subject.load(dtype, device)
-        total = sum(parameter.numel() for parameter in base.parameters())
-        layers = base.config.num_hidden_layers
-        self.batch = subject.inputs(base, tokens)
+        if self._of != (model, dtype, tokens, device):
+            self._arms.clear()
+            self._model = None
+            self._model = subject.load(dtype, device)
+            self._batch = subject.inputs(self._model, tokens)
+            self._of = (model, dtype, tokens, device)
         setting = arms.Setting(
             subject, dtype, device, plan=None if plan is None else Plan.from_dict(plan), **_tuples(options)
         )
-        self.arm = arms.build(arm, setting, base, self.batch)
-        self.rss_before = measure.rss_bytes()
-        plan_ = self.arm.plan
+        built = self._arms[name] = arms.build(arm, setting, same_weights(self._model), self._batch)
+        plan_ = built.plan
         by_layer = {len_ for len_ in _blocks_by_layer(plan_).values() if len_} if plan_ is not None else set()
         return {
-            "label": self.arm.label,
+            "label": built.label,
             "batch": subject.batch,
-            "layers": layers,
+            "layers": self._model.config.num_hidden_layers,
             "block_size": plan_.block_size if plan_ is not None else None,
             "blocks_per_layer": by_layer.pop() if len(by_layer) == 1 else None,
             "blocks": plan_.n_blocks if plan_ is not None else None,
             "used_columns": used_columns(plan_) if plan_ is not None else None,
-            "trained_params": sum(parameter.numel() for parameter in self.arm.trained),
-            "total_params": total,
+            "trained_params": sum(parameter.numel() for parameter in built.trained),
+            "total_params": sum(parameter.numel() for parameter in self._model.parameters()),
             "threads": torch.get_num_threads(),
-            "rss_before_bytes": self.rss_before,
+            "rss_before_bytes": measure.rss_bytes(),
         }
 
-    def step(self, fresh_peak: bool = False) -> dict[str, Any]:
+    def drop(self, name: str = "arm") -> None:
+        """Forget the arm."""
+        self._arms.pop(name, None)
+
+    def step(self, name: str = "arm", fresh_peak: bool = False) -> dict[str, Any]:
         """One step, timed. `fresh_peak`: the process's peak memory counts from here."""
         from smtune.bench import measure
 
         if fresh_peak:
-            self.peak_is_of_steps = measure.reset_peak_rss()
-        return measure.step(self.arm, self.batch)
+            self._peak_is_of_steps = measure.reset_peak_rss()
+        return measure.step(self._arms[name], self._batch)
 
-    def counts(self, block_ops: bool = False) -> dict[str, Any]:
+    def counts(self, name: str = "arm", block_ops: bool = False) -> dict[str, Any]:
         """The process's peak since `fresh_peak`, then all that is counted."""
         from smtune.bench import measure
 
         peak = measure.peak_rss_bytes()
+        arm, batch = self._arms[name], self._batch
         counted = {
             "peak_rss_bytes": peak,
-            "peak_rss_since": "first timed step" if self.peak_is_of_steps else "start of the process",
-            "flops": measure.count_flops(self.arm, self.batch),
-            "saved_bytes": measure.count_saved(self.arm, self.batch),
-            "alive_after_forward_bytes": measure.alive_after_forward(self.arm, self.batch),
-            "state_bytes": measure.state_bytes(self.arm),
-            "peak_tensor_bytes": measure.peak_tensor_bytes(self.arm, self.batch),
+            "peak_rss_since": "first timed step" if self._peak_is_of_steps else "start of the process",
+            "flops": measure.count_flops(arm, batch),
+            "saved_bytes": measure.count_saved(arm, batch),
+            "alive_after_forward_bytes": measure.alive_after_forward(arm, batch),
+            "state_bytes": measure.state_bytes(arm),
+            "peak_tensor_bytes": measure.peak_tensor_bytes(arm, batch),
         }
         if block_ops:
-            counted["block_ops_s"] = measure.block_op_seconds(self.arm, self.batch)
+            counted["block_ops_s"] = measure.block_op_seconds(arm, batch)
         return counted
 
-    def adapter(self) -> dict[str, Any] | None:
+    def adapter(self, name: str = "arm") -> dict[str, Any] | None:
         """The adapter's life, or None for what is no adapter."""
         from smtune.bench import measure
 
-        return measure.adapter_life(self.arm, self.batch)
+        return measure.adapter_life(self._arms[name], self._batch)
 
     def scoring(self, model: str, dtype: str, tokens: int, device: str, threads: int, **how: Any) -> dict[str, Any]:
         """`probes.scoring` on a model of its own."""

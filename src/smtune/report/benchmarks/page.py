@@ -70,6 +70,7 @@ def _measured(results: Record) -> str:
         ("processor", f"{machine.get('cpu', words.DASH)}{features}, {cores}, {memory} of memory"),
         ("GPU", machine.get("gpu") or "none"),
         ("versions", versions or words.DASH),
+        ("timed", _timed(results)),
         ("how busy", _load(results)),
         ("spread", _spreads(results)),
         ("not measured", _not_measured(results)),
@@ -87,6 +88,20 @@ def _not_measured(results: Record) -> str:
         missing = [name for name in ARMS if name not in suite.arms]
         texts += [f"{suite.name}: {', '.join(missing)}"] * bool(missing)
     return "; ".join(texts) or "–"
+
+
+def _timed(results: Record) -> str:
+    """Whether what is compared lay in one place of memory."""
+    timed = [record for record in results.get("records") or () if step_ratios(record).size]
+    apart = sum(record.get("timed_on") != "shared weights" for record in timed)
+    texts = {
+        "arms in turn in one process, on the same weights": len(timed) - apart,
+        """arms in turn, each in a process of its own: equal processes may differ by their place in memory, by more
+        than the intervals say""": apart,
+    }
+    said = [prose(text) + (f" ({number} of {len(timed)} records)" if apart < len(timed) else "")
+            for text, number in texts.items() if number]  # fmt: skip
+    return "; ".join(said) or words.DASH
 
 
 def _load(results: Record) -> str:

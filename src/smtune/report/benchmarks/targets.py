@@ -53,6 +53,8 @@ NAMES = {
     "full": "full",
 }
 RESIDENT = ("smt-0.43", "smt-0.84", "smt-1.26", "smt-2.5", "smt-3.73", "smt-4.91")
+CONTROL = 0.01
+"""The median step of a second floor is at most so far from the floor's."""
 FAR_BELOW = 0.5
 """Peak memory "far below" full fine-tuning's is at most this share of it."""
 MILLISECONDS = 0.1
@@ -87,6 +89,7 @@ def targets(results: Record) -> list[Row]:
     """All target rows, those that nothing was measured for included."""
     found = suites(results)
     return [
+        *_each(found, "control", f"a second floor beside the floor: step / floor 1 to within {CONTROL}", _control),
         *_step(found),
         *_below_rivals(found),
         *_each(found, "2", "FLOPs = floor's + 2·(block parameters)·N, exactly", _flops),
@@ -149,6 +152,17 @@ def _each(found: list[Suite], group: str, what: str, judge: Callable[[Suite], tu
 def _joined(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
     """(text, verdict) of several comparisons by name."""
     return "; ".join(f"{name} {text}" for name, (text, _) in parts.items()), worst(v for _, v in parts.values())
+
+
+# -- The method itself -----------------------------------------------------------------------------------------------
+
+
+def _control(suite: Suite) -> tuple[str, str]:
+    ratios = step_ratios(suite.arms.get("control"))
+    if not ratios.size:
+        return "", ABSENT
+    value, _, text = _median(ratios)
+    return text, _holds(abs(value - 1) <= CONTROL)
 
 
 # -- 1: step time ----------------------------------------------------------------------------------------------------
