@@ -22,6 +22,7 @@ from smtune.report.benchmarks.page import KINDS, page
 from smtune.report.benchmarks.records import difference, spread, step, step_ratios, suites
 from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, NO_TARGET, OPEN, compare, judge_exponent, targets
 
+DOCS = Path(__file__).parents[2] / "docs"
 FLOOR = {"forward": 1.0, "backward": 1.5, "optimizer": 0.0}
 P_LLAMA, LINEARS, TOKENS = 421_000_000, 404_750_336, 1024
 QKV = 3 * 4096**2
@@ -350,13 +351,12 @@ def verdicts(results, what, where=None):
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["benchmarks", "benchmarks_xeon"])
-def test_the_committed_pages_are_those_of_their_records(name, tmp_path):
-    docs = Path(__file__).parents[2] / "docs"
-    results = json.loads((docs / "results" / f"{name.replace('marks', '')}.json").read_text(encoding="utf-8"))
-    page, *pictures = write_report(results, tmp_path / f"{name}.md")
-    assert page.read_text(encoding="utf-8") == (docs / page.name).read_text(encoding="utf-8")
-    assert {path.name for path in pictures} == {path.name for path in (docs / name).iterdir()}
+@pytest.mark.parametrize("page", sorted(DOCS.glob("benchmarks*.md")), ids=lambda page: page.stem)
+def test_the_committed_pages_are_those_of_their_records(page, tmp_path):
+    records = DOCS / "results" / f"{page.stem.replace('benchmarks', 'bench')}.json"
+    written, *pictures = write_report(json.loads(records.read_text(encoding="utf-8")), tmp_path / page.name)
+    assert written.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    assert {path.name for path in pictures} == {path.name for path in page.with_suffix("").iterdir()}
 
 
 def test_every_picture_is_there_and_linked_relatively(written):

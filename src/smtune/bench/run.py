@@ -178,10 +178,10 @@ class _Group:
         """The whole record, with what is counted in a fresh process."""
         self.how.say(f"{self.series.suite}: {case.name}: counting")
         with Child(self.how.threads) as child:
-            build(child, self.series, case, self.how)
+            built = build(child, self.series, case, self.how)
             for number in range(self.how.warmups + COUNTED_STEPS):
                 child.ask("step", fresh_peak=number == self.how.warmups)
-            record = self.records[case.name] | measured
+            record = self.records[case.name] | {"rss_before_bytes": built["rss_before_bytes"]} | measured
             record |= child.ask("counts", block_ops=self.series.block_ops)
             record["adapter"], record["adapter_error"] = None, None
             if self.series.kind == "arm":
