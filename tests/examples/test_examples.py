@@ -389,8 +389,9 @@ def test_trl_dpo_refers_a_loaded_adapter_to_its_copy(base, rows, pairs, tmp_path
     assert_equal_blocks(saved, trainer.model)
 
 
-NEAR_EPSILON = 1e-5
-"""Where DPO's blocks have moved by 4e-3: single gradients are as small as Adam's epsilon, which magnifies rounding."""
+NEAR_EPSILON = 2e-5
+"""Where DPO's blocks have moved by 4e-3: single gradients are as small as Adam's epsilon, which magnifies rounding. One
+of 2,048 entries differs by 1.2e-5 on a Xeon with AMX, less on others."""
 
 
 def check_reference(trainer, reference, batch):
