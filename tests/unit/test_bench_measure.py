@@ -445,10 +445,9 @@ def test_arms_of_one_process_share_the_models_weights_and_nothing_else():
         worker.step(name="dense-v")
 
 
-def test_an_arm_that_kills_the_process_is_recorded_and_the_others_are_timed(tmp_path, monkeypatch):
-    killer = "import os; os.kill(os.getpid(), 9)"
+def test_an_arm_that_kills_the_process_is_recorded_and_the_others_are_timed(tmp_path):
     rival = tmp_path / "rival.py"
-    rival.write_text(killer)
+    rival.write_text("import os; os.kill(os.getpid(), 9)")
     series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["appendix-a", "smt-0.84"], str(rival))
     results = Results(tmp_path / "bench.json", MACHINE, "")
     run_series(series, results, How(rounds=2, threads=1))
@@ -456,6 +455,7 @@ def test_an_arm_that_kills_the_process_is_recorded_and_the_others_are_timed(tmp_
     assert "signal 9" in found["appendix-a"]["error"]
     assert found["smt-0.84"]["error"] is None
     assert len(found["smt-0.84"]["rounds"]) == 2
+    assert found["smt-0.84"]["timed_on"] == "shared weights"  # by which the page tells them from older records
     assert found["floor"]["error"] is None
 
 

@@ -87,12 +87,12 @@ class _Group:
         self.floor = floor
         self.results = results
         self.how = how
-        self.cases: dict[str, Case] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.failed: set[str] = set()
 
     def run(self, cases: Sequence[Case]) -> None:
         self.load_before = machine.load()
+        self.cases = {case.name: case for case in cases}
         try:
             rounds, floor_steps = self._timed(cases)
         except ChildError:
@@ -131,7 +131,6 @@ class _Group:
 
     def _start(self, child: Child, case: Case) -> None:
         """The arm built and warm."""
-        self.cases[case.name] = case
         self.how.say(f"{self.series.suite}: {case.name}: building")
         built = build(child, self.series, case, self.how, case.name)
         self.records[case.name] = self.series.record(case) | built | case.fields
@@ -149,8 +148,6 @@ class _Group:
         for number in range(-1, self.how.rounds):
             order, seconds = [], []
             for name in turns(list(rounds), number):
-                if name != "floor" and name not in rounds:
-                    continue
                 self.how.say(self._progress(name, number, rounds.get(name, [])))
                 try:
                     seconds.append(child.ask("step", name=name))
@@ -165,7 +162,7 @@ class _Group:
             for place, name in enumerate(order if number >= 0 else ()):
                 if name == "floor":
                     floor_steps.append(seconds[place])
-                elif name in rounds:
+                else:
                     beside = pair(order, seconds, place)
                     rounds[name].append({"order": order, "floor": beside, "arm": seconds[place]})
         return rounds, floor_steps

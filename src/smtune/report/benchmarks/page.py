@@ -93,14 +93,14 @@ def _not_measured(results: Record) -> str:
 def _timed(results: Record) -> str:
     """Whether what is compared lay in one place of memory."""
     timed = [record for record in results.get("records") or () if step_ratios(record).size]
-    apart = sum(record.get("timed_on") != "shared weights" for record in timed)
-    texts = {
-        "arms in turn in one process, on the same weights": len(timed) - apart,
-        """arms in turn, each in a process of its own: equal processes may differ by their place in memory, by more
-        than the intervals say""": apart,
-    }
-    said = [prose(text) + (f" ({number} of {len(timed)} records)" if apart < len(timed) else "")
-            for text, number in texts.items() if number]  # fmt: skip
+    shared = sum(record.get("timed_on") == "shared weights" for record in timed)
+    together = "arms in turn in one process, on the same weights"
+    apart = """arms in turn, each in a process of its own: equal processes may differ by their place in memory, by more
+        than the intervals say"""
+    if timed and not shared:
+        return prose(apart)
+    numbers = {together: shared, apart: len(timed) - shared}
+    said = [f"{prose(text)} ({number} of {len(timed)} records)" for text, number in numbers.items() if number]
     return "; ".join(said) or words.DASH
 
 
