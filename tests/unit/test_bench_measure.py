@@ -369,7 +369,7 @@ def test_a_kernel_that_cannot_run_does_not_stop_the_others(monkeypatch):
 
 # Records and processes ----------------------------------------------------------------------------------------------
 
-MACHINE = dict.fromkeys(("cpu", "cores", "threads", "gpu", "torch", "transformers", "peft"), "x")
+MACHINE = dict.fromkeys(("cpu", "features", "cores", "threads", "gpu", "torch", "transformers", "peft"), "x")
 
 
 def record(arm: str, **fields) -> dict:
@@ -396,6 +396,8 @@ def test_results_of_another_machine_are_not_mixed(tmp_path):
     Results(path, MACHINE, "").add(record("a"))
     with pytest.raises(InputError, match="cores x not 64"):
         Results(path, MACHINE | {"cores": 64}, "")
+    with pytest.raises(InputError, match="features x not \\['avx2'\\]"):  # "AMD EPYC" is with AVX-512 or without
+        Results(path, MACHINE | {"features": ["avx2"]}, "")
     path.write_text("[]")
     with pytest.raises(InputError, match="neither"):
         Results(path, MACHINE, "")

@@ -14,8 +14,8 @@ import torch
 import smtune
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
-SAME = ("cpu", "cores", "threads", "gpu", "torch", "transformers", "peft")
-"""What must be equal for two records to be compared."""
+SAME = ("cpu", "features", "cores", "threads", "gpu", "torch", "transformers", "peft")
+"""What must be equal for two records to be compared. Hosts name processors of several generations alike: features tell."""
 
 
 def describe(threads: int, device: str) -> dict[str, Any]:
