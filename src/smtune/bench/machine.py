@@ -15,7 +15,7 @@ import smtune
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 SAME = ("cpu", "features", "cores", "threads", "gpu", "torch", "transformers", "peft")
-"""What must be equal for two records to be compared. Hosts name processors of several generations alike: features tell."""
+"""What must be equal for records to be compared. One name stands for processors of several generations: features tell."""
 
 
 def describe(threads: int, device: str) -> dict[str, Any]:
