@@ -12,11 +12,15 @@ import random
 # Read when huggingface_hub is imported, so it must stand before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 import support_table
+
+hypothesis.settings.register_profile("smtune", deadline=None)  # no test depends on how fast the machine is
+hypothesis.settings.load_profile("smtune")
 
 REQUIRE_REAL_MODEL = "SMTUNE_REQUIRE_REAL_MODEL"
 """Set to 1 (CI does) to turn every skipped `real_model` test into a failure."""

@@ -786,6 +786,32 @@ def test_training_after_a_first_use_in_inference_mode(names):
     assert not torch.equal(logits(model), before)
 
 
+def test_no_forward_of_another_thread_sees_the_base_in_between(monkeypatch):
+    """With a second adapter loaded too, all that a forward writes into a layer's weight goes in one call."""
+    model = with_two("resident")
+    model.set_adapter("default")
+    expected, seen = logits(model), []
+
+    def write(weight, index, values):
+        seen.append(weight.data_ptr())
+        return scatter_(weight, index, values)
+
+    monkeypatch.setattr("smtune.tuner.layer.scatter_", write)
+    assert torch.equal(logits(model), expected)
+    assert seen
+    assert len(seen) == len(set(seen))
+
+
+def test_an_unfrozen_weight_under_resident_blocks_is_refused():
+    model = make_trained(mode="resident").requires_grad_(True)
+    with pytest.raises(InputError, match=r"q_proj requires a gradient, which it would not get: freeze it"):
+        model(**BATCH)
+    logits(model)  # without gradients nothing is missed
+    beside = make_trained(mode="additive").requires_grad_(True)
+    beside(**BATCH).loss.backward()
+    assert all(parameter.grad is not None for parameter in beside.parameters())
+
+
 def test_adapters_of_two_block_sizes_are_refused_before_anything_changes():
     model = make_trained()
     expected, keys = logits(model), list(model.state_dict())

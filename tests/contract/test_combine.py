@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_adapter import (
+    BATCH,
     DTYPES,
     MODES,
     check_logits,
@@ -106,6 +107,19 @@ def test_a_sum_of_adapters_on_different_layers():
     )
     model.set_adapter("sum")
     assert torch.equal(logits(model), logits(dense_twin(model, ["sum"])))
+
+
+def test_a_sum_of_adapters_in_different_modes(tmp_path):
+    model = make_trained(mode="resident", target_modules=["q_proj"])
+    model.add_adapter("other", make_config(seed=1, mode="additive", target_modules=["v_proj"], init_weights=False))
+    model.eval().base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    smtune.add_weighted_adapter(model, ["default", "other"], [1, 1], "sum")
+    model.set_adapter("sum")
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path / "sum")
+    torch.testing.assert_close(logits(loaded.eval()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sum_trains_on():
@@ -326,6 +340,42 @@ def test_a_swap_that_cannot_be_wrapped_changes_nothing(tmp_path):
         smtune.hotswap_adapter(model, tmp_path)
     assert list(model.state_dict()) == keys
     assert torch.equal(logits(model), expected)
+
+
+def gradients(model):
+    model.zero_grad()
+    model.train()(**BATCH).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_layers_that_no_more_save_their_input_together(tmp_path, swapped):
+    """q's blocks become smaller than k's: what is kept of their input for one is not what the other reads."""
+    of_q, of_k = {"target_modules": ["q_proj"]}, {"target_modules": ["k_proj"]}
+    small = make_config(seed=2, block_size=8, budget=6, **of_q)
+
+    def both(model, names):
+        model.base_model.set_adapter(names)
+        return gradients(model)
+
+    expected = peft.get_peft_model(make_base(), small)
+    expected.add_adapter("other", make_config(seed=1, **of_k))
+    model = peft.get_peft_model(make_base(), make_config(**of_q))
+    model.add_adapter("other", make_config(seed=1, **of_k))
+    both(model, ["default", "other"])  # saved together once
+    if swapped:
+        peft.get_peft_model(make_base(), small).save_pretrained(tmp_path)
+        smtune.hotswap_adapter(model, tmp_path, "default")
+    else:
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.add_adapter("default", small)
+    wanted = both(expected, ["default", "other"])
+    found = both(model, ["default", "other"])
+    assert wanted
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, wanted[name]), name
 
 
 def test_adapters_that_cannot_be_swapped(tmp_path):

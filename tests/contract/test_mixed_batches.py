@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -126,3 +128,23 @@ def test_what_is_refused_leaves_nothing_behind():
     with pytest.raises(InputError, match="call `unmerge_adapter` first. Merged: default"):
         forward(model, IDS, adapter_names=NAMES)
     assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_mixes_what_it_is_asked_to(mode, whole):
+    """Also after a call without names, and after one with others: a graph is for the names it was made with."""
+    torch._dynamo.reset()
+    model = with_two(mode)
+    compiled = copy.deepcopy(model)
+    run = compiled
+    if whole:
+        run = torch.compile(compiled, backend="eager")
+    else:
+        for layer in compiled.base_model.model.model.layers:
+            layer.compile(backend="eager")
+    for names in (NAMES, None, NAMES[::-1], NAMES):
+        kwargs = {} if names is None else {"adapter_names": names}
+        torch.testing.assert_close(forward(run, IDS, **kwargs), forward(model, IDS, **kwargs), rtol=1e-5, atol=1e-5)

@@ -50,11 +50,14 @@ def saved_bytes(model, forward):
     return sum(storage.nbytes() for storage in held.values()), output
 
 
-def floor_bytes(base):
-    """What a frozen model saves whose backward ends where that of blocks in the lowest q, k and v does."""
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def floor_bytes(base, names=QKV):
+    """What a frozen model saves whose backward ends where that of blocks in the lowest of these layers does."""
     model = copy.deepcopy(base).requires_grad_(False)
-    attention = model.model.layers[0].self_attn
-    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+    for name in names:
+        layer = model.model.layers[0].get_submodule(name)
         layer.register_forward_hook(lambda module, args, y: y.requires_grad_())
     return saved_bytes(model, lambda: model(**batch()).loss)[0]
 
@@ -67,14 +70,24 @@ def smt_layers(model):
     return [module for module in model.modules() if isinstance(module, SMTLinear)]
 
 
-def union(attention):
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    indices = [layer.learning() for layer in layers if isinstance(layer, SMTLinear)]
+def union(parent):
+    """The block columns that the adapted layers of an attention or an MLP read."""
+    indices = [layer.learning() for layer in parent.children() if isinstance(layer, SMTLinear)]
     return {col for index in indices if index is not None for _, col in index.pairs}
 
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual, expected, rtol=0.0, atol=0.0):
+    """The same gradients by name, of which there are some; by default to the bit."""
+    assert expected
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def alone(model):
@@ -113,15 +126,17 @@ def test_every_column_saves_x_itself_once(tiny_llama):
     assert actual - floor_bytes(tiny_llama) == 2 * N_TOKENS * 64 * 4
 
 
-def test_gate_and_up_share_too(tiny_llama):
+@pytest.mark.parametrize("blocks", [12, 40])
+def test_gate_and_up_share_too(tiny_llama, blocks):
     targets = {"target_modules": ["gate_proj", "up_proj"]}
-    model = peft.get_peft_model(copy.deepcopy(tiny_llama), config(tiny_llama, **targets))
-    for layer in model.base_model.model.model.layers:
-        assert layer.mlp.gate_proj._shared is layer.mlp.up_proj._shared is not None
-    shared, _ = saved_bytes(model, lambda: model(**batch()).loss)
-    other = alone(model)
-    apart, _ = saved_bytes(other, lambda: other(**batch()).loss)
-    assert shared < apart < 2 * shared  # not all the weights of another model
+    model = peft.get_peft_model(copy.deepcopy(tiny_llama), config(tiny_llama, blocks=blocks, **targets))
+    mlps = [layer.mlp for layer in model.base_model.model.model.layers]
+    for mlp in mlps:
+        assert mlp.gate_proj._shared is mlp.up_proj._shared is not None
+    actual, _ = saved_bytes(model, lambda: model(**batch()).loss)
+    expected = sum(N_TOKENS * len(union(mlp)) * SIZE * torch.float32.itemsize for mlp in mlps)
+    assert expected > 0
+    assert actual - floor_bytes(tiny_llama, ("mlp.gate_proj", "mlp.up_proj")) == expected
 
 
 @pytest.mark.parametrize("mode", ["resident", "additive"])
@@ -142,10 +157,7 @@ def test_gradients_are_those_of_layers_that_share_nothing(tiny_llama, how, mode)
                 each(**batch()).loss.backward()
         else:
             each(**batch()).loss.backward()
-    expected = gradients(other)
-    assert expected
-    for name, gradient in gradients(model).items():
-        assert torch.equal(gradient, expected[name]), name
+    assert_same(gradients(model), gradients(other))
 
 
 def n_gathers(model, forward_and_backward):
@@ -221,10 +233,7 @@ def test_layers_that_do_not_share_after_all(case):
         each(x.clone(), memory.clone()).sum().backward() if case == "cross" else (
             lambda y: each(y, y).sum().backward()
         )(x.clone())
-    expected = gradients(other)
-    assert expected
-    for name, gradient in gradients(tuned).items():
-        assert torch.equal(gradient, expected[name]), name
+    assert_same(gradients(tuned), gradients(other))
     shared = tuned.q_proj._shared
     assert shared is not None
     gc.collect()
@@ -263,8 +272,7 @@ def test_copies_and_pickles_share_among_themselves(tiny_llama):
         assert all(any(each is layer for layer in layers) for each in layers[0]._shared.layers)
         twin.zero_grad()
         twin(**batch()).loss.backward()
-        for name, gradient in gradients(twin).items():
-            assert torch.equal(gradient, expected[name]), name
+        assert_same(gradients(twin), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
@@ -289,8 +297,7 @@ def test_compiled_gathers_are_merged(tiny_llama):
     compiled = gradients(model)
     model.zero_grad()
     project(x).backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(compiled[name], gradient)
+    assert_same(compiled, gradients(model), rtol=1.3e-6, atol=1e-5)
 
 
 def test_checkpoint_by_hand(tiny_llama):
@@ -309,6 +316,5 @@ def test_checkpoint_by_hand(tiny_llama):
         x.grad = None
         checkpoint(project, x, use_reentrant=use_reentrant).backward()
         assert torch.equal(x.grad, expected_x)
-        for name, gradient in gradients(model).items():
-            assert torch.equal(gradient, expected[name]), name
+        assert_same(gradients(model), expected)
         assert attention.q_proj._shared._held is None

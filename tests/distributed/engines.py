@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from smtune import InputError
 from smtune.models import skeleton
 from smtune.sharded import whole
 from smtune.training import parse_config, train, trainer
+from smtune.tuner import layer as tuner_layer
 from smtune.tuner.layer import SMTLinear
 
 WORLD_SIZE, STEPS, ACCUMULATION = 2, 4, 2
@@ -172,6 +173,27 @@ def zero_config(engine: str) -> dict:
 
 
 # Cases ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def acting_as(mode: str):
+    """Fail if a resident layer acts beside its weight, as one does whose weight is not here, or no additive layer does.
+
+    The two agree to rounding, so results do not tell them apart.
+    """
+    original, calls = tuner_layer.additive_block_linear, []
+
+    def additive_block_linear(*args, **kwargs):
+        assert mode == "additive", "a layer that should be resident acted beside its weight"
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    tuner_layer.additive_block_linear = additive_block_linear
+    try:
+        yield
+    finally:
+        tuner_layer.additive_block_linear = original
+    assert calls or mode != "additive", "no layer acted beside its weight"
 
 
 def plan_for(engine: str, folder: Path, base, mode: str) -> smtune.Plan:
@@ -468,14 +490,18 @@ def main(engine: str, folder: Path) -> None:
     else:
         dist.init_process_group("gloo")
         run_one = run_ddp if engine == "DDP" else run_fsdp2
-    results = {mode: run_one(engine, folder, mode) for mode in MODES}
-    if engine in ("FSDP2", "ZeRO-3"):
-        results["scoring"] = score_sharded(engine, folder)
-    if engine in ("ZeRO-2", "ZeRO-3"):
-        results["bf16"] = run_in_bf16(engine, folder)
-    if engine in ("DDP", "FSDP2"):
-        results["bytes"] = {method: bytes_reduced(engine, folder, method) for method in ("smt", "full")}
-    run_trainer(engine, folder)
+    results = {}
+    for mode in MODES:
+        with acting_as(mode):
+            results[mode] = run_one(engine, folder, mode)
+    with acting_as("resident"):
+        if engine in ("FSDP2", "ZeRO-3"):
+            results["scoring"] = score_sharded(engine, folder)
+        if engine in ("ZeRO-2", "ZeRO-3"):
+            results["bf16"] = run_in_bf16(engine, folder)
+        if engine in ("DDP", "FSDP2"):
+            results["bytes"] = {method: bytes_reduced(engine, folder, method) for method in ("smt", "full")}
+        run_trainer(engine, folder)
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -72,9 +72,11 @@ def alone(tmp_path_factory):
         base = engines.load_base(folder)
         plan = smtune.make_plan(base, engines.warmup(), engines.smt_config(mode))
         model = peft.get_peft_model(base, engines.smt_config(mode).with_plan(plan))
-        seen[mode] = engines.train_by_torch(model), smtune.trained_state_dict(model)
+        with engines.acting_as(mode):
+            seen[mode] = engines.train_by_torch(model), smtune.trained_state_dict(model)
     plan.save(folder / "plan.json")
-    engines.by_trainer(engines.recipe(folder, "whole", mode="resident"))
+    with engines.acting_as("resident"):
+        engines.by_trainer(engines.recipe(folder, "whole", mode="resident"))
     (folder / "trainer-plan.json").write_bytes((folder / "whole" / "plan.json").read_bytes())
     return folder, plan, seen
 

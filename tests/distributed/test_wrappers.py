@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-
 import peft
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from engines import acting_as, free_port
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -97,17 +96,12 @@ def rank_main(rank, port, folder):
             model = wrap(make_model(mode, checkpointing), wrapper)
             sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
             assert (sharded > 0) == (wrapper == "fsdp2")
-            blocks, losses = train(model, lambda step: rows(step)[:, rank::WORLD_SIZE])
+            with acting_as(mode):
+                blocks, losses = train(model, lambda step: rows(step)[:, rank::WORLD_SIZE])
             results[wrapper, mode, checkpointing] = blocks, losses
         torch.save(results, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +131,8 @@ def test_ddp_sends_no_buffers_of_ours(wrapped):
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize(("wrapper", "mode", "checkpointing"), CASES)
 def test_two_processes_train_as_one(ranks, wrapper, mode, checkpointing):
-    expected, expected_losses = train(make_model(mode, checkpointing), rows)
+    with acting_as(mode):
+        expected, expected_losses = train(make_model(mode, checkpointing), rows)
     (blocks, losses), (others, other_losses) = (results[wrapper, mode, checkpointing] for results in ranks)
     assert list(blocks) == list(expected)
     for name, block in blocks.items():

@@ -78,7 +78,7 @@ def close_block_grad(actual: Tensor, expected: Tensor, operands: torch.dtype) ->
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_block_grad_equals_the_dense_gradient_at_the_blocks(case):
     x, weight, _, index = case
     grad_y = torch.randn(*x.shape[:-1], weight.shape[0], generator=torch.Generator().manual_seed(1)).to(x.dtype)
@@ -88,7 +88,7 @@ def test_block_grad_equals_the_dense_gradient_at_the_blocks(case):
 
 
 @given(cases(dtypes=(torch.bfloat16, torch.float16)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_widened_block_grads_are_never_rounded_to_16_bits(case):
     x, weight, _, index = case
     x = x.flatten(0, -2)
@@ -98,7 +98,7 @@ def test_widened_block_grads_are_never_rounded_to_16_bits(case):
 
 
 @given(cases(dtypes=(torch.float64, torch.float32)), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_block_linear_agrees_with_dense_autograd(case, x_needs_grad):
     x, weight, bias, index = case
 
@@ -120,7 +120,7 @@ def test_block_linear_agrees_with_dense_autograd(case, x_needs_grad):
 
 
 @given(cases(dtypes=(torch.bfloat16,)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bf16_gradients_are_one_rounding_from_an_fp32_accumulated_product(case):
     x, weight, bias, index = case
     blocks = gather(weight, index).requires_grad_()
@@ -136,7 +136,7 @@ def test_bf16_gradients_are_one_rounding_from_an_fp32_accumulated_product(case):
 
 
 @given(cases(dtypes=(torch.float64, torch.float32)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_additive_agrees_with_a_dense_delta(case):
     x, weight, bias, index = case
     delta = torch.randn(len(index), *[index.grid.block_size] * 2, generator=torch.Generator().manual_seed(2))
@@ -318,7 +318,8 @@ def test_autocast_makes_no_second_weight_in_the_backward(in_features, transposed
     with Born() as born:
         y.backward(grad_y)
     assert x.grad is not None
-    assert torch.equal(x.grad, (grad_y @ weight.bfloat16()).float())
+    # The sums of part of the columns may be in another order than those of all.
+    torch.testing.assert_close(x.grad, (grad_y @ weight.bfloat16()).float(), rtol=2**-7, atol=2**-7)
     matrices = {shape for shape, dtype in born.seen if dtype == torch.bfloat16 and 512 in shape and len(shape) == 2}
     assert matrices - {(10, 512)} == {(512, 256), (512, in_features % 256)}
 

@@ -48,7 +48,7 @@ def add_weighted_adapter(model: nn.Module, adapters: Sequence[str], weights: Seq
     for adapter in adapters:
         _check_blocks_only(tuner, adapter, "a weighted sum")
     plan = _union_plan(tuner.model, [configs[adapter].get_plan() for adapter in adapters], adapters, weights)
-    model.add_adapter(name, _config_for(plan, configs[adapters[0]]))  # type: ignore[operator]
+    model.add_adapter(name, _config_for(plan, [configs[adapter] for adapter in adapters]))  # type: ignore[operator]
     try:
         for module, places in configs[name].block_map().items():
             layer = tuner.model.get_submodule(module)
@@ -120,8 +120,7 @@ def hotswap_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str
             layer.swap_adapter(adapter_name, blocks.get(name))
     config.inference_mode = configs[adapter_name].inference_mode
     configs[adapter_name] = config
-    if new_layers:
-        share_inputs(tuner.model)
+    share_inputs(tuner.model)  # blocks of another size read other columns
 
 
 def _peft_model(model: nn.Module) -> tuple[nn.Module, SMTModel]:
@@ -200,13 +199,15 @@ def _union_plan(model: nn.Module, plans: Sequence[Plan], adapters: Sequence[str]
     )
 
 
-def _config_for(plan: Plan, of_first: SMTConfig) -> SMTConfig:
-    config = copy.deepcopy(of_first).with_plan(plan)
+def _config_for(plan: Plan, of_parts: Sequence[SMTConfig]) -> SMTConfig:
+    config = copy.deepcopy(of_parts[0]).with_plan(plan)
     config.target_modules = {name.rpartition(".")[2] for name in plan.modules}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = config.trainable_token_indices = None
     config.budget, config.policy, config.shares, config.max_backward_cost = plan.n_blocks, "global", None, None
     config.init_weights = True
+    if len({each.mode for each in of_parts}) > 1:
+        config.mode = "auto"  # the layers are as they are, each in a mode of its own
     return config
 
 

@@ -200,6 +200,7 @@ class SMTLinear(nn.Module, SMTLayer):
         self._union: BlockIndex | None = None
         self._active_sets: dict[tuple[str, ...], _ActiveSet] = {}
         self._shared: SharedInput | None = None
+        self.mixed_rows: tuple[str, ...] | None = None  # while `mixed.mixed_batch` stands: an adapter for each row
         # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
         self._put_aside: list[nn.Module] = []
 
@@ -348,13 +349,19 @@ class SMTLinear(nn.Module, SMTLayer):
     def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
         """Write original + total over the adapters' blocks of W, and the originals over those of other adapters.
 
-        Nothing is remembered of what stands in W, so a compiled forward has no state to guard or to change.
+        Nothing is remembered of what stands in W, so a compiled forward has no state to guard or to change. All goes in
+        one write: forwards of the same adapters in other threads write the same, so none sees the base in between.
         """
         values = self._values(adapters, total)
         assert self._union is not None
-        if adapters.positions(self._union) is not None:
-            self._write_originals()
-        scatter_(self._weight_OI(), adapters.index, values)
+        assert self.smt_originals is not None
+        positions = adapters.positions(self._union)
+        places = adapters.index
+        if positions is not None:
+            places, own = self._union, values
+            values = self.smt_originals.to(own.dtype, copy=True)
+            values[positions] = own
+        scatter_(self._weight_OI(), places, values)
 
     def _values(self, adapters: _ActiveSet, total: Tensor) -> Tensor:
         """round(original + total) at the adapters' blocks, (U, l, l) in the weight's dtype."""
@@ -387,6 +394,7 @@ class SMTLinear(nn.Module, SMTLayer):
     # Forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        adapter_names = self.mixed_rows if adapter_names is None else adapter_names
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -404,6 +412,11 @@ class SMTLinear(nn.Module, SMTLayer):
         if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
             return self._hooked(additive_block_linear(base(x, *args, **kwargs), x, total, index, take), None)
+        if base.weight.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"Expected a frozen weight under resident blocks. That of {self._name} requires a gradient, which it "
+                'would not get: freeze it, or train it with `modules_to_save` or beside blocks of mode="additive".'
+            )
         self._stand(adapters, total)
         y = block_linear(x, base.weight, base.bias, total, index, take, self._transposed)
         return self._hooked(y, adapters, total)
@@ -446,8 +459,8 @@ class SMTLinear(nn.Module, SMTLayer):
             return None
         return adapters.index
 
-    def share_input(self, shared: SharedInput) -> None:
-        """Save the input's columns together with the layers of `shared`, of which this is one."""
+    def share_input(self, shared: SharedInput | None) -> None:
+        """Save the input's columns together with the layers of `shared`, of which this is one; None: alone."""
         self._shared = shared
 
     @property
@@ -589,13 +602,16 @@ def is_dense(layer: nn.Module) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is the product of `nn.Linear` or `Conv1D` and nothing else."""
+    """Whether calling the layer is the product of `nn.Linear` or `Conv1D` and nothing else.
+
+    DeepSpeed hooks every module under ZeRO-3, to gather its weight; that comes by reading it too.
+    """
     forward = type(layer).forward
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
     return (
         (forward is nn.Linear.forward or forward is Conv1D.forward)
         and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
+        and all((getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks)
     )
 
 

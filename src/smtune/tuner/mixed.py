@@ -49,19 +49,22 @@ def mixed_batch(model: nn.Module, names: Sequence[str], arguments: Mapping[str, 
     repeated = [name for name in names for _ in range(copies)]
     encoder = model.get_encoder() if copies > 1 and hasattr(model, "get_encoder") else None  # type: ignore[operator]
     in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
-    handles = []
+    layers, handles = [], []
     try:
         for module in model.modules():
             own = list(names) if module in in_encoder else repeated
-            if isinstance(module, AuxiliaryTrainingWrapper):
+            if isinstance(module, SMTLinear):
+                layers.append(module)
+                module.mixed_rows = tuple(own)  # not by a hook: a compiler does not guard on those
+            elif isinstance(module, AuxiliaryTrainingWrapper):
                 # PEFT's wrapper fails on an adapter that it does not have.
                 available = module._get_available_adapters()
                 own = [name if name in available else BASE for name in own]
-            elif not isinstance(module, SMTLinear):
-                continue
-            handles.append(module.register_forward_pre_hook(partial(_pass_names, own), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(partial(_pass_names, own), with_kwargs=True))
         yield
     finally:
+        for layer in layers:
+            layer.mixed_rows = None
         for handle in handles:
             handle.remove()
 

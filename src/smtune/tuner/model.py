@@ -265,7 +265,10 @@ def _check_same_layers(adapter_name: str, checkpoint: Iterable[str], model: Iter
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let layers that read one input, such as q, k and v of an attention, save its columns together."""
+    """Let layers that read one input, such as q, k and v of an attention, save its columns together, and no others."""
+    for layer in model.modules():
+        if isinstance(layer, SMTLinear):
+            layer.share_input(None)
     for parent in model.modules():
         groups: dict[tuple[frozenset[str], int, int], list[SMTLinear]] = {}
         for name, layer in parent.named_children():

@@ -36,7 +36,7 @@ def make_plan(
     *,
     progress: bool | Callable[[int], object] | None = None,
 ) -> Plan:
-    """Score the blocks that `config` targets and select the best within its budget (paper §3.1, §3.2).
+    """Score the blocks that `config` targets and select some within its budget, by its policy (paper §3.1, §3.2).
 
     Args:
         model: the base model, not yet wrapped; left bit for bit as it was.
