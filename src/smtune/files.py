@@ -12,14 +12,20 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, making its folder. Whatever goes wrong, what stood there before stays."""
+    """Write a file whole or not at all, making its folder. Whatever goes wrong, what stood there before stays.
+
+    It is on the disk when this returns, before anything that is written later.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(handle)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

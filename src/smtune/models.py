@@ -120,6 +120,15 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
     return (model if device is None else model.to(device)).eval()
 
 
+def cpu_is_slow_in_bf16() -> bool:
+    """Whether torch multiplies bf16 by its own loops on this CPU, which has no instructions that oneDNN could use.
+
+    They take 6 to 200 times as long as products in fp32 (docs/log.md, 2026-11-30).
+    """
+    has_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return has_bf16 is not None and not has_bf16()
+
+
 def load_merged(name: str, dtype: str = "float32") -> nn.Module:
     """A model for inference: on the accelerator where there is one, and its adapter, if it has one, merged.
 
@@ -293,7 +302,8 @@ def _converted(name: str, alias: Alias) -> Path:
         from transformers import GgufConfig
     except ImportError:
         raise InputError(
-            f"Expected the package `gguf`, which converts {name}. It is not installed: pip install 'smtune[demo]'."
+            f"Expected the package `gguf`, which converts {name}. It is not installed: `pip install -e '.[demo]'` in a "
+            "clone of smtune."
         ) from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

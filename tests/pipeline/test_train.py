@@ -306,6 +306,33 @@ def test_resume_before_the_first_checkpoint_starts_over_with_the_same_plan(confi
     assert [event["step"] for event in read_metrics(RunFolder(result.folder).metrics)] == [3, 6, 8]
 
 
+def test_resume_of_a_plan_whose_file_is_gone(configure, quiet, tmp_path):
+    given = tmp_path / "plan.json"
+    select_plan(configure(), quiet).save(given)
+    config = configure(f"smt={{plan: {given}}}")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    given.unlink()
+    assert dry_run(config, resume=True).blocks
+    assert train(config, resume=True, console=quiet).steps == STEPS
+
+
+def test_another_number_of_processes_is_another_run(configure, quiet):
+    config = configure()
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    folder = RunFolder(config.output)
+    message = r"processes that .*run was started with, 1: a step takes rows for each\. Got 2: start 1, or choose"
+    with pytest.raises(InputError, match=message):
+        dry_run(config, resume=True, processes=2)
+    started = json.loads(folder.environment.read_text())
+    folder.environment.write_text(json.dumps(started | {"processes": 2}))
+    with pytest.raises(InputError, match="started with, 2"):
+        train(config, resume=True, console=quiet)
+    folder.environment.write_text(json.dumps(started))
+    assert train(config, resume=True, console=quiet).steps == STEPS
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "from_call"),
     [
@@ -553,7 +580,8 @@ def test_a_dry_run_foresees_the_run_and_writes_nothing(configure, quiet, tmp_pat
     assert str(tmp_path / "run") in text
 
 
-def test_what_is_hardly_meant_is_remarked(configure, capsys):
+def test_what_is_hardly_meant_is_remarked(configure, capsys, monkeypatch):
+    monkeypatch.setattr("smtune.training.model.cpu_is_slow_in_bf16", lambda: False)
     for overrides, remark in [
         ([], None),
         (["data.max_length=4096"], "data.max_length is 4,096, and the model was made for 2,048 positions"),
@@ -566,6 +594,10 @@ def test_what_is_hardly_meant_is_remarked(configure, capsys):
         remarks = dry_run(configure(*overrides)).remarks
         assert len(remarks) == (remark is not None)
         assert remark is None or remark in remarks[0]
+    monkeypatch.setattr("smtune.training.model.cpu_is_slow_in_bf16", lambda: True)
+    assert dry_run(configure()).remarks == ()
+    (remark,) = dry_run(configure("dtype=bfloat16")).remarks
+    assert "dtype is bfloat16, which this CPU cannot multiply" in remark
     config = configure("smt.budget=1000", "training.max_steps=1")
     console = Console(width=400)
     console.print(dry_run(config))

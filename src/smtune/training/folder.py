@@ -73,8 +73,12 @@ class RunFolder:
         made += [checkpoint / COMPLETE for checkpoint in list_checkpoints(self.checkpoints)]
         return any(path.exists() for path in made)
 
-    def check_start(self, config: TrainConfig, resume: bool) -> None:
-        """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run."""
+    def check_start(self, config: TrainConfig, resume: bool, processes: int) -> None:
+        """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run.
+
+        Args:
+            processes: that would train. A step takes rows for each, so another number is another run.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"Expected output to be a folder. {self.path} is a file.")
         fault = None if self.is_finished else not_writable(self.config)
@@ -105,9 +109,20 @@ class RunFolder:
                 + "\n  ".join(lines)
                 + "\nUndo them, or choose another output."
             )
+        self._check_processes(processes)
         for record in (self.data, self.environment, self.scoring):
             if record.is_file():
                 read_record(record)
+
+    def _check_processes(self, now: int) -> None:
+        if self.is_finished or not list_checkpoints(self.checkpoints) or not self.environment.is_file():
+            return
+        before = read_record(self.environment).get("processes", now)
+        if before != now:
+            raise InputError(
+                f"Expected the number of processes that {self.path} was started with, {before}: a step takes rows for "
+                f"each. Got {now}: start {before}, or choose another output."
+            )
 
     def last_checkpoint(self, tell: Callable[[str], object] = lambda text: None) -> Path | None:
         """The latest sound checkpoint. Those that a kill left incomplete are removed, and damaged ones behind it.
@@ -262,7 +277,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a new folder that then takes the place of `path`."""
+    """Let `fill` write into a new folder that then takes the place of `path`, once all of it is on the disk."""
     temporary = path.with_name(f".{path.name}-unfinished")
     for old in (temporary, path):
         shutil.rmtree(old, ignore_errors=True)
@@ -270,7 +285,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         fill(temporary)
         let_read(temporary)
+        for file in (*temporary.rglob("*"), temporary):
+            sync(file)
         temporary.rename(path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -26,6 +26,7 @@ from smtune.errors import InputError
 from smtune.models import (
     adapter_base,
     checkpoint_quantisation,
+    cpu_is_slow_in_bf16,
     load_model,
     portable_name,
     resolve,
@@ -84,9 +85,11 @@ class Foreseen:
     remarks: tuple[str, ...]
 
 
-def foresee(config: TrainConfig) -> Foreseen:
+def foresee(config: TrainConfig, kept: Path | None = None) -> Foreseen:
     """Build the model on the meta device, and choose or wrap what is trained of it.
 
+    Args:
+        kept: the plan that the run has already.
     Raises:
         InputError: whatever does not fit the model, before its weights are read.
     """
@@ -98,12 +101,21 @@ def foresee(config: TrainConfig) -> Foreseen:
     model = skeleton(config.model)
     total_parameters = count_parameters(model)
     if config.method == "smt":
-        plan = expected_plan(model, config)
-        remarks = (*_remarks_on_length(model, config), *_remarks_on_budget(plan, config))
+        plan = expected_plan(model, config, kept)
+        remarks = (*_remarks_on_dtype(config), *_remarks_on_length(model, config), *_remarks_on_budget(plan, config))
         return Foreseen(total_parameters, plan.n_params, plan, remarks)
-    remarks = tuple(_remarks_on_length(model, config))
+    remarks = (*_remarks_on_dtype(config), *_remarks_on_length(model, config))
     parameters = wrap(model, config, None).parameters()
     return Foreseen(total_parameters, sum(p.numel() for p in parameters if p.requires_grad), None, remarks)
+
+
+def _remarks_on_dtype(config: TrainConfig) -> Iterator[str]:
+    on_cpus = getattr(PartialState().device, "type", None) == "cpu"
+    if config.dtype == "bfloat16" and on_cpus and cpu_is_slow_in_bf16():
+        yield (
+            "dtype is bfloat16, which this CPU cannot multiply: products take some 6 to 200 times as long as in "
+            "float32. Use float32 here."
+        )
 
 
 def _remarks_on_length(model: Any, config: TrainConfig) -> Iterator[str]:
@@ -140,10 +152,11 @@ def check_scoring(config: TrainConfig) -> None:
         device_here(config.smt.accumulator_device)
 
 
-def expected_plan(model: nn.Module, config: TrainConfig) -> smtune.Plan:
-    """The plan given, or one of the size that scoring will lead to; checked against the model."""
-    if config.smt.plan is not None:
-        plan = smtune.Plan.load(config.smt.plan)
+def expected_plan(model: nn.Module, config: TrainConfig, kept: Path | None = None) -> smtune.Plan:
+    """The plan kept or given, or one of the size that scoring will lead to; checked against the model."""
+    place = kept or config.smt.plan
+    if place is not None:
+        plan = smtune.Plan.load(place)
         plan.check(model)
         return plan
     adapter = smt_config(config)

@@ -148,12 +148,12 @@ def train(
     check_trackers(config)
     check_engine(config)
     if folder.is_finished or folder.path.is_file():
-        folder.check_start(config, resume)
+        folder.check_start(config, resume, PartialState().num_processes)
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return read_result(folder, config)
     arguments = training_arguments(config, folder)
     with locked(folder.path) if PartialState().is_main_process else nullcontext():
-        folder.check_start(config, resume)
+        folder.check_start(config, resume, PartialState().num_processes)
         with folder.room_needed():
             return _train(config, folder, arguments, console, callbacks)
 
@@ -172,12 +172,13 @@ def _train(
     _check_same_data(folder, data_record)
     collator = _collator(tokenizer)
     _say(console, f"Data: {summary}")
-    must_score = config.method == "smt" and config.smt.plan is None and not _from_main(folder.has_plan(config))
+    kept = folder.plan if config.method == "smt" and _from_main(folder.has_plan(config)) else None
+    must_score = config.method == "smt" and config.smt.plan is None and kept is None
     # What does not fit the model is found here, before its weights are read and anything is written.
     if must_score:
         check_scoring(config)
     with whole_weights(arguments):
-        foreseen = foresee(config)
+        foreseen = foresee(config, kept)
     _say_remarks(console, foreseen)
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
@@ -189,7 +190,7 @@ def _train(
     total_parameters = count_parameters(model)
     set_seed(config.training.seed)
     if config.method == "smt":
-        expected_plan(model, config)  # again, of the model as it is: its layers may be quantised
+        expected_plan(model, config, kept)  # again, of the model as it is: its layers may be quantised
     else:
         model = wrap(model, config, None)
     PartialState().wait_for_everyone()  # every process has looked at the folder as it was
@@ -276,11 +277,12 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     processes = processes or PartialState().num_processes
     check_trackers(config)
     check_engine(config, processes)
-    folder.check_start(config, resume)
-    if not folder.has_plan(config):
+    folder.check_start(config, resume, processes)
+    kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
+    if kept is None:
         check_scoring(config)
     _, dataset, _, summary = _load_data(config)
-    foreseen = foresee(config)
+    foreseen = foresee(config, kept)
     blocks, n_scoring, plan = "", 0, foreseen.plan
     if plan is not None:
         blocks = f": {plan.n_blocks:,} blocks of {plan.block_size}² out of {len(plan.modules)} matrices"

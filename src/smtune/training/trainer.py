@@ -34,7 +34,9 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
     """Raises InputError for an engine that is not installed, whose file is missing, or that has nothing to share."""
     deepspeed, fsdp = config.training.deepspeed, config.training.fsdp
     if deepspeed is not None and find_spec("deepspeed") is None:
-        raise InputError("training.deepspeed: deepspeed is not installed: pip install 'smtune[distributed]'.")
+        raise InputError(
+            "training.deepspeed: deepspeed is not installed: `pip install -e '.[distributed]'` in a clone of smtune."
+        )
     if isinstance(deepspeed, str):
         _read_engine_file(deepspeed)
     if fsdp is not None and (processes or int(os.environ.get("WORLD_SIZE", 1))) < 2:
