@@ -15,9 +15,11 @@ Criteria (gₜ is the gradient of batch t; each is a mean over the block):
 - `weight`: |w|; `random`: uniform noise from the seed. No data.
 
 The accumulators of `abs_of_sum` may be bf16, half the memory. Every batch then rounds each sum Sₜ by at most u·|Sₜ|,
-where u = 2⁻⁸ is the unit roundoff of bf16; so after T batches an entry is off by at most u·Σₜ|Sₜ|, and a block's score
-by at most the mean of that over the block. The Sₜ are the sums that stand in the accumulator; the fp32 rounding before
-(2⁻²⁴) and numbers below 2⁻¹²⁶ are left out. Ranks round once more when they add up.
+where u = 2⁻⁸ is the unit roundoff of bf16. Where the model's activations are bf16, their product gₜ is rounded too, by
+at most u·|gₜ|, whatever the accumulators. So after T batches an entry is off by at most u·Σₜ|Sₜ| with bf16
+accumulators, plus u·Σₜ|gₜ| with bf16 activations, and a block's score by at most the mean of that over the block. The
+Sₜ are the sums that stand in the accumulator; left out are the fp32 rounding before (2⁻²⁴), roundings of what is
+rounded already (2⁻⁷ of these bounds) and numbers below 2⁻¹²⁶. Ranks round once more when they add up.
 
 Where weights are trained anyway, `GradientScores` gives the same scores from their gradients, without taps.
 
