@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smtune import InputError
-from smtune.bench import arms, measure, probes, suites
+from smtune.bench import arms, measure, probes, request, run, suites
 from smtune.bench.arms import BUILDERS, FURTHER, Arm, Setting
 from smtune.bench.plans import paper_share, random_plan, used_columns
 from smtune.bench.process import Child, ChildError
@@ -23,6 +23,8 @@ from smtune.bench.subjects import attention_inputs, find_subject
 from smtune.bench.turns import pair, turns
 from smtune.bench.worker import Worker
 from smtune.kernels.candidates import CANDIDATES
+from smtune.report.benchmarks.page import page
+from smtune.tuner.layer import SMTLinear
 
 RIVAL = str(Path(__file__).parents[2] / "benchmarks" / "appendix_a.py")
 TOKENS = 64
@@ -266,6 +268,16 @@ def test_adapter_life(name, exact):
     assert all(life[key] > 0 for key in ("load_s", "switch_s", "merge_s", "unmerge_s"))
 
 
+def test_an_unmerge_that_leaves_blocks_behind_is_seen(monkeypatch):
+    arm, batch = build("smt-0.84")
+    for _ in range(3):
+        measure.step(arm, batch)
+    monkeypatch.setattr(SMTLinear, "unmerge", lambda layer: layer.merged_adapters.clear())
+    life = measure.adapter_life(arm, batch)
+    assert life is not None
+    assert life["restored_exactly"] is False
+
+
 # Turns and groups ---------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +385,8 @@ MACHINE = dict.fromkeys(("cpu", "features", "cores", "threads", "gpu", "torch", 
 
 
 def record(arm: str, **fields) -> dict:
-    return {"kind": "arm", "suite": "s", "model": "m", "dtype": "d", "tokens": 1, "arm": arm} | fields
+    timed = {"timed_on": "shared weights"}
+    return {"kind": "arm", "suite": "s", "model": "m", "dtype": "d", "tokens": 1, "arm": arm} | timed | fields
 
 
 def test_results_go_on_and_failures_are_tried_again(tmp_path):
@@ -389,6 +402,17 @@ def test_results_go_on_and_failures_are_tried_again(tmp_path):
     assert [each["run"]["command"] for each in values["records"]] == ["smtune bench", "smtune bench --rounds 3"]
     assert all(each["run"].keys() == {"date", "commit", "command"} for each in values["records"])
     assert values["format"] == 1
+
+
+def test_what_was_timed_apart_or_not_counted_is_not_there(tmp_path):
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+    results.add(record("a", timed_on=None))
+    results.add(record("b", uncounted=True))
+    results.add(record("x", kind="kernel", timed_on=None))
+    assert results.find(record("a")) is None
+    assert results.has(record("x", kind="kernel"))
+    assert results.find(record("b")) is not None
+    assert not results.has(record("b"))
 
 
 def test_results_of_another_machine_are_not_mixed(tmp_path):
@@ -459,6 +483,77 @@ def test_an_arm_that_kills_the_process_is_recorded_and_the_others_are_timed(tmp_
     assert len(found["smt-0.84"]["rounds"]) == 2
     assert found["smt-0.84"]["timed_on"] == "shared weights"  # by which the page tells them from older records
     assert found["floor"]["error"] is None
+
+
+def test_what_was_timed_outlives_a_run_that_is_killed_while_it_counts(tmp_path, monkeypatch):
+    series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["smt-0.84", "lora"], None)
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_counted", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_series(series, results, How(rounds=2, threads=1))
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+    before = {each["arm"]: each["rounds"] for each in results.records}
+    assert {arm: len(rounds) for arm, rounds in before.items()} == {"floor": 0, "smt-0.84": 2, "lora": 2}
+    monkeypatch.setattr(run, "_Timing", lambda *args: pytest.fail("timed again"))
+    run_series(series, results, How(rounds=2, threads=1))
+    for each in results.records:
+        assert each["rounds"] == before[each["arm"]]
+        assert each["flops"]["forward"] > 0
+        assert "uncounted" not in each
+        assert len(each["control"]) == 2
+
+
+def test_an_arm_that_cannot_be_counted_keeps_its_times(tmp_path, monkeypatch):
+    counted = run._counted
+
+    def dies(series, case, how):
+        if case.name == "lora":
+            raise ChildError("out of memory")
+        return counted(series, case, how)
+
+    monkeypatch.setattr(run, "_counted", dies)
+    series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["lora"], None)
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+    run_series(series, results, How(rounds=2, threads=1))
+    lora = next(each for each in results.records if each["arm"] == "lora")
+    assert (len(lora["rounds"]), lora["uncounted"], lora["error"]) == (2, "out of memory", None)
+    assert page({"format": 1, "records": results.records}, {})
+
+
+def test_a_floor_that_cannot_run_ends_its_series_alone(tmp_path, monkeypatch, capsys):
+    def broken(series, *args):
+        if series.suite.startswith("layers7b"):
+            raise ChildError("out of memory")
+
+    monkeypatch.setattr(request, "run_series", broken)
+    suites_ = ("layers7b", "smollm2")
+    told = []
+    values, faults = request.run(Request(suites=suites_, threads=1), tmp_path / "bench.json", "", {"tell": told.append})
+    assert (values["records"], faults) == ([], ["out of memory"])
+    assert told == ["cannot go on here: out of memory"]
+
+
+def test_an_arm_that_trains_the_weights_does_not_change_what_another_keeps(tmp_path):
+    """All are built before any steps: else SMT would copy weights that 16 bits no longer hold."""
+    series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["dense-v", "smt-0.84"], None)
+    asked = []
+
+    class Spy(Child):
+        def ask(self, command, **arguments):
+            asked.append(command)
+            return super().ask(command, **arguments)
+
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+    timing = run._Timing(series, suites.Case("floor", "floor"), results, How(rounds=1, threads=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Child", Spy)
+        timing.run(series.cases)
+    assert asked == sorted(asked)  # "build" …, then "step" …
 
 
 def test_models_by_name():

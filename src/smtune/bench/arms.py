@@ -28,7 +28,7 @@ from smtune.bench.plans import paper_share, random_plan
 from smtune.bench.sift import sift
 from smtune.bench.subjects import QKV, Subject, attention_inputs
 from smtune.bench.write import train_blocks
-from smtune.errors import InputError, did_you_mean
+from smtune.errors import InputError
 from smtune.models import wrapping
 from smtune.selection import Plan
 
@@ -119,17 +119,6 @@ def build(name: str, setting: Setting, model: nn.Module, batch: dict[str, Tensor
     arm.name = name
     arm.model.train()
     return arm
-
-
-def check_arms(names: list[str], rival: str | None) -> None:
-    """Raises InputError for names that are no arms."""
-    unknown = [name for name in names if name not in BUILDERS]
-    if unknown:
-        raise InputError(
-            f"Expected arms of {', '.join(BUILDERS)}. Got {', '.join(unknown)}.{did_you_mean(unknown[0], BUILDERS)}"
-        )
-    if "appendix-a" in names and rival is None:
-        raise InputError("Expected --rival with the file of the arm appendix-a: benchmarks/appendix_a.py. Got none.")
 
 
 # SMT ----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import smtune
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 SAME = ("cpu", "features", "cores", "threads", "gpu", "torch", "transformers", "peft")
-"""What must be equal for records to be compared. One name stands for processors of several generations: features tell."""
+"""What must be equal for records to be compared. Processors of several generations may have one name."""
 
 
 def describe(threads: int, device: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What is measured of one arm: time by phase, FLOPs, what is kept for the backward, memory, an adapter's life.
 
-Timed steps come first and alone; what is counted (FLOPs, bytes) is counted afterwards on steps of its own, since
-counting slows a step down and keeps tensors alive.
+What is counted (FLOPs, bytes) is counted on steps of its own, since counting slows a step down and keeps tensors alive.
 """
 
 from __future__ import annotations
@@ -253,7 +252,8 @@ def adapter_life(arm: Arm, batch: Batch, repeats: int = 5) -> dict[str, Any] | N
     model.delete_adapter("copy0")
     model.set_adapter(first)
 
-    before = base_hash(model)
+    with model.disable_adapter():  # which takes resident blocks out
+        before = base_hash(model)
     merges, unmerges = [], []
     for _ in range(3):
         merges.append(seconds(model.merge_adapter))
@@ -269,9 +269,9 @@ def adapter_life(arm: Arm, batch: Batch, repeats: int = 5) -> dict[str, Any] | N
 
 
 def base_hash(model: Any) -> str:
-    """Of every weight of the base model under an adapter, as its state dict has them: without resident blocks."""
+    """Of every weight of the base model under an adapter as it stands in memory; a state dict would take blocks out."""
     digest = hashlib.sha256()
-    for name, tensor in model.get_base_model().state_dict().items():
+    for name, tensor in model.get_base_model().named_parameters():
         if ".base_layer." in name or model.base_model.prefix not in name:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""The parent's end of `worker`: a fresh Python process that holds one arm."""
+"""The parent's end of `worker`: a fresh Python process that holds one arm, or several that take turns."""
 
 from __future__ import annotations
 

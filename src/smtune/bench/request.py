@@ -12,6 +12,7 @@ from typing import Any
 from smtune.bench import single, suites
 from smtune.bench.arms import load_rival
 from smtune.bench.machine import describe
+from smtune.bench.process import ChildError
 from smtune.bench.results import Results
 from smtune.bench.run import How, run_series
 from smtune.errors import InputError, did_you_mean
@@ -67,7 +68,7 @@ def check(request: Request, writable: Sequence[Path]) -> None:
     faults += [f"Expected tokens to be a multiple of 4, the rows of a batch. Got {count}." for count in wrong]
     if request.rounds < 1:
         faults.append(f"Expected at least one round. Got {request.rounds}.")
-    cores = os.cpu_count() or 1
+    cores = _cores()
     if request.threads is not None and not 1 <= request.threads <= cores:
         faults.append(f"Expected from 1 to {cores} threads, the cores here. Got {request.threads}.")
     if request.device == "cuda" and not torch.cuda.is_available():
@@ -94,8 +95,8 @@ def _unknown(what: str, given: Sequence[str], known: Collection[str]) -> list[st
     ]
 
 
-def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> dict[str, Any]:
-    """Measure what has no record in `output` yet. Returns the file's content.
+def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Measure what has no record in `output` yet. Returns the file's content, and what kept series from being measured.
 
     Args:
         request: checked.
@@ -107,9 +108,14 @@ def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> di
     results = Results(output, describe(threads, request.device), command)
     rounds = 2 if request.quick else request.rounds
     settings = How(rounds, threads, request.device, **how)
+    faults = []
     for job in jobs(request):
-        job(results, settings)
-    return results.values
+        try:
+            job(results, settings)
+        except ChildError as error:
+            faults.append(str(error))
+            settings.tell(f"cannot go on here: {error}")
+    return results.values, faults
 
 
 def _cores() -> int:

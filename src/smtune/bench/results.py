@@ -24,6 +24,8 @@ IDENTITY = {
     "cost_aware": ("max_backward_cost",),
 }
 """What, beside kind, suite, model, dtype and tokens, makes a record one of its own."""
+TIMED = ("arm", "sweep", "write", "cost_aware")
+"""Kinds whose steps are timed in one process with a floor's; their records say so in `timed_on`."""
 
 
 def identity(record: Mapping[str, Any]) -> tuple:
@@ -79,9 +81,15 @@ class Results:
     def records(self) -> list[dict[str, Any]]:
         return self.values["records"]
 
+    def find(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of this identity, unless it is to be done anew: a failure, or timed apart from its floor."""
+        found = (old for old in self.records if identity(old) == identity(record) and not old.get("error"))
+        return next((old for old in found if old.get("timed_on") or old["kind"] not in TIMED), None)
+
     def has(self, record: Mapping[str, Any]) -> bool:
-        """Whether the record of this identity is there and is no failure, which is tried again."""
-        return any(identity(old) == identity(record) and not old.get("error") for old in self.records)
+        """Whether `find` finds a record that nothing is missing of."""
+        found = self.find(record)
+        return found is not None and not found.get("uncounted")
 
     def add(self, record: dict[str, Any]) -> None:
         """Put a record in place of the one of the same identity, or at the end, and write the file.

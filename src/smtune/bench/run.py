@@ -15,7 +15,7 @@ from smtune.bench.suites import Case, Series, needed_memory
 from smtune.bench.turns import pair, turns
 
 MEMORY_SHARE = 0.8
-"""Of the available memory that the processes of a group may need together."""
+"""Of the available memory that a floor and the arms of a group may need together."""
 
 Say = Callable[[str], object]
 Seconds = dict[str, float]
@@ -27,7 +27,6 @@ class How:
 
     Attributes:
         rounds: timed rounds.
-        warmups: steps of each arm before them.
         threads: of each process; one is busy at a time.
         device: "cpu" or "cuda".
         say: told what is going on, often.
@@ -37,21 +36,44 @@ class How:
     rounds: int
     threads: int
     device: str = "cpu"
-    warmups: int = 1
     say: Say = lambda text: None
     tell: Say = lambda text: None
 
 
+WARMUPS = 1
+"""Steps of an arm that is alone, before those that count."""
+WARMUP_ROUNDS = 2
+"""Before the timed ones: first steps allocate, and what an arm's step reads went cold while others were built."""
+COUNTED_STEPS = 2
+"""Of an arm alone, over which its process's peak memory is taken."""
+BESIDE = ("flops", "saved_bytes", "peak_tensor_bytes", "peak_rss_bytes")
+"""What an arm's record keeps of what was counted of its floor."""
+CONTROL = "control"
+"""The name of a second floor: what its steps differ from the floor's by says nothing of any arm."""
+
+
 def run_series(series: Series, results: Results, how: How) -> None:
-    """Measure the cases of a series that have no record yet, in groups that fit into memory beside a floor."""
+    """Time the cases that have no rounds yet, in groups that fit into memory beside a floor; then count each alone.
+
+    What was timed is in the file before anything is counted, so a run that is stopped there goes on with counting.
+
+    Raises:
+        ChildError: the floor cannot run.
+    """
     floor = Case("floor", "floor", options=series.floor)
     wanted = [case for case in series.cases if not results.has(series.record(case))]
-    if series.kind == "arm" and not wanted and not results.has(series.record(floor)):
-        wanted_groups: list[list[Case]] = [[]]
-    else:
-        wanted_groups = list(groups(series, wanted, MEMORY_SHARE * machine.available_memory()))
-    for group in wanted_groups:
-        _Group(series, floor, results, how).run(group)
+    if len(wanted) < len(series.cases):
+        how.tell(f"{series.suite}: {len(series.cases) - len(wanted)} of {len(series.cases)} arms are measured already")
+    untimed = [case for case in wanted if results.find(series.record(case)) is None]
+    wants_floor = series.kind == "arm" and not results.has(series.record(floor))
+    in_groups = list(groups(series, untimed, MEMORY_SHARE * machine.available_memory()))
+    if wants_floor and not in_groups and results.find(series.record(floor)) is None:
+        in_groups = [[]]
+    for group in in_groups:
+        _Timing(series, floor, results, how).run(group)
+    timed = [case for case in wanted if results.find(series.record(case)) is not None]
+    if timed or wants_floor:
+        _count(series, floor, timed, results, how)
 
 
 def groups(series: Series, cases: Sequence[Case], memory: float) -> Iterator[list[Case]]:
@@ -72,80 +94,60 @@ def groups(series: Series, cases: Sequence[Case], memory: float) -> Iterator[lis
     yield from ([case] for case in alone)
 
 
-COUNTED_STEPS = 2
-"""Of an arm in its own process, over which that process's peak memory is taken."""
-
-BESIDE = ("flops", "saved_bytes", "peak_tensor_bytes", "peak_rss_bytes")
-"""What an arm's record keeps of the floor that ran beside it."""
-
-
-class _Group:
-    """Arms that are there at the same time: timed in one process, then each counted in one of its own."""
+class _Timing:
+    """Arms that take turns with a floor in one process, where they share the model's weights."""
 
     def __init__(self, series: Series, floor: Case, results: Results, how: How) -> None:
         self.series = series
         self.floor = floor
         self.results = results
         self.how = how
-        self.records: dict[str, dict[str, Any]] = {}
         self.failed: set[str] = set()
 
     def run(self, cases: Sequence[Case]) -> None:
-        self.load_before = machine.load()
-        self.cases = {case.name: case for case in cases}
+        """Put the pairs of every case into the file; if the process dies of one, those of the others."""
+        load_before = machine.load()
+        control = Case(CONTROL, CONTROL, options=self.floor.options)
+        self.cases = {CONTROL: control} | {case.name: case for case in cases}
+        self.is_asked_for = {case.name for case in cases}
+        self.built: dict[str, dict[str, Any]] = {}
         try:
-            rounds, floor_steps = self._timed(cases)
+            with Child(self.how.threads) as child:
+                self._build(child)
+                usage = machine.OthersUsage([child.pid])
+                rounds, floor_steps = self._rounds(child)
+                others_cores = usage.cores()
         except ChildError:
             left = [case for case in cases if case.name not in self.failed]
             if len(left) == len(cases):
                 raise
             return self.run(left)  # the process died of an arm: again, without it
-        floor = self._counted(self.floor, {"rounds": [], "steps": floor_steps})
-        if self.series.kind == "arm" and not self.results.has(floor):
-            self._keep(floor)
-        beside = {f"floor_{name}": floor[name] for name in BESIDE}
+        how = {"timed_on": "shared weights", "others_cores": others_cores, "load": [load_before, machine.load()]}
+        how |= {"control": [ratio(each) for each in rounds.get(CONTROL, [])], "error": None, "uncounted": True}
+        floor = self.series.record(self.floor) | self.built["floor"] | {"rounds": [], "steps": floor_steps} | how
+        if self.series.kind == "arm" and self.results.find(floor) is None:
+            self.results.add(floor)
         for name in rounds:
-            case = self.cases[name]
+            if name in self.is_asked_for:
+                record = self.series.record(self.cases[name]) | self.built[name] | self.cases[name].fields
+                self.results.add(record | {"rounds": rounds[name]} | how)
+
+    def _build(self, child: Child) -> None:
+        """All arms, before any steps: SMT's originals are to be those of the base, whatever others train of it."""
+        for case in (self.floor, *self.cases.values()):
+            self.how.say(f"{self.series.suite}: {case.name}: building")
             try:
-                record = self._counted(case, {"rounds": rounds[name], **beside})
+                self.built[case.name] = build(child, self.series, case, self.how, case.name)
             except ChildError as error:
-                self._fail(case, error)
-            else:
-                self._keep(record)
-
-    def _timed(self, cases: Sequence[Case]) -> tuple[dict[str, list[dict[str, Any]]], list[Seconds]]:
-        """As `_rounds`, in a process that is there for them."""
-        self.records.clear()
-        with Child(self.how.threads) as child:
-            self._start(child, self.floor)
-            for case in cases:
-                try:
-                    self._start(child, case)
-                except ChildError as error:
-                    self._fail(case, error)
-                    child.ask("drop", name=case.name)
-            usage = machine.OthersUsage([child.pid])
-            timed = self._rounds(child)
-            self.others_cores = usage.cores()
-        return timed
-
-    def _start(self, child: Child, case: Case) -> None:
-        """The arm built and warm."""
-        self.how.say(f"{self.series.suite}: {case.name}: building")
-        built = build(child, self.series, case, self.how, case.name)
-        self.records[case.name] = self.series.record(case) | built | case.fields
-        for number in range(self.how.warmups):
-            self.how.say(f"{self.series.suite}: {case.name}: warm-up {number + 1} of {self.how.warmups}")
-            child.ask("step", name=case.name)
+                if case is self.floor:
+                    raise
+                self._fail(child, case.name, error)
 
     def _rounds(self, child: Child) -> tuple[dict[str, list[dict[str, Any]]], list[Seconds]]:
-        """All rounds, after one that does not count: while the others were built, each arm's memory went cold.
-
-        Returns the pairs of each arm that is still there, and the floor's steps.
-        """
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in self.records if name != "floor"}
+        """The pairs of each arm that is there to the end, and the floor's steps."""
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in self.built if name != "floor"}
         floor_steps: list[Seconds] = []
-        for number in range(-1, self.how.rounds):
+        for number in range(-WARMUP_ROUNDS, self.how.rounds):
             order, seconds = [], []
             for name in turns(list(rounds), number):
                 self.how.say(self._progress(name, number, rounds.get(name, [])))
@@ -155,8 +157,7 @@ class _Group:
                     if name == "floor":
                         raise
                     del rounds[name]
-                    self._fail(self.cases[name], error)
-                    child.ask("drop", name=name)
+                    self._fail(child, name, error)
                     continue
                 order.append(name)
             for place, name in enumerate(order if number >= 0 else ()):
@@ -168,44 +169,64 @@ class _Group:
         return rounds, floor_steps
 
     def _progress(self, name: str, number: int, rounds: Sequence[dict[str, Any]]) -> str:
-        ratio = f", {median_ratio(rounds):.3f} × floor so far" if rounds else ""
-        return f"{self.series.suite}: round {number + 1} of {self.how.rounds}: {name}{ratio}"
+        text = f"round {number + 1} of {self.how.rounds}" if number >= 0 else "warm-up"
+        so_far = f", {median_ratio(rounds):.3f} × floor so far" if rounds else ""
+        return f"{self.series.suite}: {text}: {name}{so_far}"
 
-    def _counted(self, case: Case, measured: dict[str, Any]) -> dict[str, Any]:
-        """The whole record, with what is counted in a fresh process."""
-        self.how.say(f"{self.series.suite}: {case.name}: counting")
-        with Child(self.how.threads) as child:
-            built = build(child, self.series, case, self.how)
-            for number in range(self.how.warmups + COUNTED_STEPS):
-                child.ask("step", fresh_peak=number == self.how.warmups)
-            record = self.records[case.name] | {"rss_before_bytes": built["rss_before_bytes"]} | measured
-            record |= child.ask("counts", block_ops=self.series.block_ops)
-            record["adapter"], record["adapter_error"] = None, None
-            if self.series.kind == "arm":
-                try:
-                    record["adapter"] = child.ask("adapter")
-                except ChildError as error:
-                    record["adapter_error"] = str(error)
-        record["fraction_of_7b"] = fraction_of_7b(record)
-        record["timed_on"] = "shared weights"
-        return record | {"others_cores": self.others_cores, "error": None, "load": [self.load_before, machine.load()]}
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        self.results.add(record)
-        ratio = f": {median_ratio(record['rounds']):.3f} × floor" if record["rounds"] else ""
-        self.how.tell(f"{record['suite']}: {record['label']}{ratio}")
-
-    def _fail(self, case: Case, error: ChildError) -> None:
-        """Record that the arm cannot run."""
-        self.failed.add(case.name)
-        record = {"label": case.name, "rounds": []} | self.series.record(case) | self.records.pop(case.name, {})
-        record |= {"error": str(error), "load": [self.load_before, machine.load()]}
-        self.results.add(record)
-        self.how.tell(f"{self.series.suite}: {case.name}: cannot run: {error}")
+    def _fail(self, child: Child, name: str, error: ChildError) -> None:
+        """Record that the arm cannot run, and forget it. Raises ChildError if that was the end of the process."""
+        self.failed.add(name)
+        case = self.cases[name]
+        if name in self.is_asked_for:
+            record = {"label": name, "rounds": []} | self.series.record(case) | self.built.get(name, {})
+            self.results.add(record | {"error": str(error), "load": [machine.load()] * 2})
+        self.how.tell(f"{self.series.suite}: {name}: cannot run: {error}")
+        child.ask("drop", name=name)
 
 
-def build(child: Child, series: Series, case: Case, how: How, name: str = "arm") -> dict[str, Any]:
-    """Have the process make the arm of a case. Returns what a record says of it."""
+def _count(series: Series, floor: Case, cases: Sequence[Case], results: Results, how: How) -> None:
+    """Add to the records of timed cases, and to the floor's, what is counted of each in a fresh process."""
+    of_floor = results.find(series.record(floor)) if series.kind == "arm" else None
+    if of_floor is None or of_floor.get("uncounted"):
+        counted = _counted(series, floor, how)
+        if of_floor is not None:
+            results.add({key: of_floor[key] for key in of_floor if key != "uncounted"} | counted)
+            how.tell(f"{series.suite}: floor")
+        of_floor = counted
+    beside = {f"floor_{name}": of_floor[name] for name in BESIDE}
+    for case in cases:
+        record = results.find(series.record(case))
+        assert record is not None
+        try:
+            counted = _counted(series, case, how)
+        except ChildError as error:
+            results.add(record | {"uncounted": str(error)})
+            how.tell(f"{series.suite}: {case.name}: timed, but cannot be counted: {error}")
+        else:
+            results.add({key: record[key] for key in record if key != "uncounted"} | counted | beside)
+            how.tell(f"{series.suite}: {record['label']}: {median_ratio(record['rounds']):.3f} × floor")
+
+
+def _counted(series: Series, case: Case, how: How) -> dict[str, Any]:
+    """What is counted of an arm alone."""
+    how.say(f"{series.suite}: {case.name}: counting")
+    with Child(how.threads) as child:
+        built = build(child, series, case, how)
+        for number in range(WARMUPS + COUNTED_STEPS):
+            child.ask("step", fresh_peak=number == WARMUPS)
+        counted = {"rss_before_bytes": built["rss_before_bytes"]}
+        counted |= child.ask("counts", block_ops=series.block_ops)
+        counted |= {"adapter": None, "adapter_error": None}
+        if series.kind == "arm":
+            try:
+                counted["adapter"] = child.ask("adapter")
+            except ChildError as error:
+                counted["adapter_error"] = str(error)
+    return counted | {"fraction_of_7b": fraction_of_7b(series.record(case) | built)}
+
+
+def build(child: Child, series: Series, case: Case, how: How, name: str | None = None) -> dict[str, Any]:
+    """Have the process make the arm of a case, among others if it has a name. Returns what a record says of it."""
     return child.ask(
         "build",
         name=name,
@@ -219,9 +240,14 @@ def build(child: Child, series: Series, case: Case, how: How, name: str = "arm")
     )
 
 
+def ratio(of_pair: dict[str, Any]) -> float:
+    """The arm's whole step over the floor's."""
+    return sum(of_pair["arm"].values()) / sum(of_pair["floor"].values())
+
+
 def median_ratio(rounds: Sequence[dict[str, Any]]) -> float:
-    """The median over pairs of the arm's whole step over the floor's."""
-    return statistics.median(sum(each["arm"].values()) / sum(each["floor"].values()) for each in rounds)
+    """The median of `ratio` over pairs."""
+    return statistics.median(map(ratio, rounds))
 
 
 def fraction_of_7b(record: dict[str, Any]) -> float | None:

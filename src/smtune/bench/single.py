@@ -7,7 +7,7 @@ from typing import Any
 from smtune.bench import machine
 from smtune.bench.process import Child, ChildError
 from smtune.bench.results import Results
-from smtune.bench.run import How, build, run_series
+from smtune.bench.run import WARMUPS, How, build, run_series
 from smtune.bench.suites import Case, Series
 
 ITERATIONS = 10
@@ -25,8 +25,8 @@ def run_table1(series: Series, results: Results, how: How) -> None:
             with Child(how.threads) as child:
                 how.say(f"{series.suite}: {case.name}: building")
                 built = build(child, series, case, how)
-                for number in range(how.warmups):
-                    how.say(f"{series.suite}: {case.name}: warm-up {number + 1} of {how.warmups}")
+                for number in range(WARMUPS):
+                    how.say(f"{series.suite}: {case.name}: warm-up {number + 1} of {WARMUPS}")
                     child.ask("step")
                 steps = []
                 for number in range(ITERATIONS):

@@ -89,7 +89,7 @@ def comparison(suite: str, model: str, dtype: str, tokens: int, arms: Sequence[s
 
 
 def sweeps(dtype: str) -> list[Series]:
-    """Five sweeps, each of one quantity with everything else fixed; plans in fp32 of equal blocks in every layer."""
+    """Five sweeps, each of one quantity with everything else fixed; equal blocks in every layer."""
 
     def series(sweep: str, model: str, tokens: int, values: dict[float, dict[str, Any]], **kwargs: Any) -> Series:
         cases = [
@@ -146,7 +146,7 @@ def needed_memory(series: Series, case: Case | None) -> int:
     base = subject.params * itemsize
     if case is None:
         return 2 * base + subject.activation_values(series.tokens) * itemsize + (1 << 29)
-    share = {"full": 3.0, "full-cpuadam": 7.0}.get(case.arm, 0.4)
-    if case.arm in ("dora", "shira", "supertuning", "sift", "dense-v"):
+    share = {"full": 3.0, "full-cpuadam": 7.0, "control": 0.0}.get(case.arm, 0.4)
+    if case.arm in ("dora", "shira", "supertuning", "dense-v"):
         share = 1.0  # dense matrices of q, k, v beside the base's
     return round(base * share)

@@ -17,6 +17,9 @@ import sys
 import traceback
 from typing import Any, TextIO
 
+ALONE = "arm"
+"""The name of an arm that has none."""
+
 
 class Worker:
     """Holds the model, the batch and the arms, by name, between requests."""
@@ -36,12 +39,14 @@ class Worker:
         device: str = "cpu",
         threads: int | None = None,
         plan: dict | None = None,
-        name: str = "arm",
+        name: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Make the arm, on a model of its own that has the weights of the other arms'.
+        """Make the arm. Returns what a record says of it.
 
-        Returns what a record says of it.
+        Args:
+            name: of one among several, each on a model of its own that has the weights of the others'. None: the only
+                arm, so that nothing else keeps what its method replaces.
         """
         import torch
 
@@ -62,28 +67,35 @@ class Worker:
         setting = arms.Setting(
             subject, dtype, device, plan=None if plan is None else Plan.from_dict(plan), **_tuples(options)
         )
-        built = self._arms[name] = arms.build(arm, setting, same_weights(self._model), self._batch)
+        base: Any = self._model
+        if name is None:
+            self._model, self._of = None, ()
+        else:
+            base = same_weights(base)
+        layers = base.config.num_hidden_layers
+        total_params = sum(parameter.numel() for parameter in base.parameters())
+        built = self._arms[name or ALONE] = arms.build(arm, setting, base, self._batch)
         plan_ = built.plan
         by_layer = {len_ for len_ in _blocks_by_layer(plan_).values() if len_} if plan_ is not None else set()
         return {
             "label": built.label,
             "batch": subject.batch,
-            "layers": self._model.config.num_hidden_layers,
+            "layers": layers,
             "block_size": plan_.block_size if plan_ is not None else None,
             "blocks_per_layer": by_layer.pop() if len(by_layer) == 1 else None,
             "blocks": plan_.n_blocks if plan_ is not None else None,
             "used_columns": used_columns(plan_) if plan_ is not None else None,
             "trained_params": sum(parameter.numel() for parameter in built.trained),
-            "total_params": sum(parameter.numel() for parameter in self._model.parameters()),
+            "total_params": total_params,
             "threads": torch.get_num_threads(),
             "rss_before_bytes": measure.rss_bytes(),
         }
 
-    def drop(self, name: str = "arm") -> None:
+    def drop(self, name: str) -> None:
         """Forget the arm."""
         self._arms.pop(name, None)
 
-    def step(self, name: str = "arm", fresh_peak: bool = False) -> dict[str, Any]:
+    def step(self, name: str = ALONE, fresh_peak: bool = False) -> dict[str, Any]:
         """One step, timed. `fresh_peak`: the process's peak memory counts from here."""
         from smtune.bench import measure
 
@@ -91,7 +103,7 @@ class Worker:
             self._peak_is_of_steps = measure.reset_peak_rss()
         return measure.step(self._arms[name], self._batch)
 
-    def counts(self, name: str = "arm", block_ops: bool = False) -> dict[str, Any]:
+    def counts(self, name: str = ALONE, block_ops: bool = False) -> dict[str, Any]:
         """The process's peak since `fresh_peak`, then all that is counted."""
         from smtune.bench import measure
 
@@ -99,7 +111,7 @@ class Worker:
         arm, batch = self._arms[name], self._batch
         counted = {
             "peak_rss_bytes": peak,
-            "peak_rss_since": "first timed step" if self._peak_is_of_steps else "start of the process",
+            "peak_rss_since": "second step" if self._peak_is_of_steps else "start of the process",
             "flops": measure.count_flops(arm, batch),
             "saved_bytes": measure.count_saved(arm, batch),
             "alive_after_forward_bytes": measure.alive_after_forward(arm, batch),
@@ -110,7 +122,7 @@ class Worker:
             counted["block_ops_s"] = measure.block_op_seconds(arm, batch)
         return counted
 
-    def adapter(self, name: str = "arm") -> dict[str, Any] | None:
+    def adapter(self, name: str = ALONE) -> dict[str, Any] | None:
         """The adapter's life, or None for what is no adapter."""
         from smtune.bench import measure
 

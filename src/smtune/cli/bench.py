@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.markup import escape
 
 from smtune.errors import InputError
 from smtune.version import command_line
+
+if TYPE_CHECKING:
+    from smtune.bench.request import Request
 
 LOG_SECONDS = 60.0
 """Between two lines on what is going on, where the output is no terminal."""
@@ -59,16 +62,21 @@ def bench(
         quick=quick,
     )
     check(request, [output, page])
+    faults: list[str] = []
     if report:
         results = _read(output)
     else:
         _warn_if_busy(console)
+        _warn_of_bf16(request, console)
         with _progress(console) as how:
-            results = run(request, output, command_line(), how)
+            results, faults = run(request, output, command_line(), how)
     for table in terminal_tables(results):
         Console().print(table)
     written = write_report(results, page)
     console.print(f"Wrote {output}, " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
+    if faults:
+        console.print("Not measured, for a floor cannot run: " + "; ".join(faults), soft_wrap=True, markup=False)
+        raise typer.Exit(1)
 
 
 def _words(text: str) -> list[str]:
@@ -100,6 +108,17 @@ def _warn_if_busy(console: Console) -> None:
         console.print(
             f"[bold yellow]The machine is busy:[/] load {load:.1f} on {cores} cores. Times will spread; ratios are of "
             "neighbouring steps, and every record says how busy others kept the cores.",
+            soft_wrap=True,
+        )
+
+
+def _warn_of_bf16(request: Request, console: Console) -> None:
+    from smtune.models import cpu_is_slow_in_bf16
+
+    if request.device == "cpu" and "bfloat16" in request.dtypes and cpu_is_slow_in_bf16():
+        console.print(
+            "[bold yellow]This CPU cannot multiply bfloat16:[/] products take some 6 to 200 times as long as in "
+            "float32, whatever the method. Measure --dtype float32 here.",
             soft_wrap=True,
         )
 
