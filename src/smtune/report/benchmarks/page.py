@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from smtune.bench.suites import ARMS
+from smtune.models import DTYPES
 from smtune.report.benchmarks import words
 from smtune.report.benchmarks.markdown import Pictures, prose, section, table, verdict
 from smtune.report.benchmarks.paper_sections import claims_section, table1_section
@@ -32,6 +33,8 @@ KINDS = {
     "table1": "the paper's Table 1",
     "cost_aware": "cost-aware selection",
 }
+COMPARISONS = (("layers7b", 1024), ("layers7b", 512), ("layers7b", 2048), ("smollm2", 512))
+"""Suite and tokens of what `make bench` compares, in every dtype of `DTYPES`."""
 BUSY = 0.1
 """Cores that other processes keep busy, from which on it is said."""
 
@@ -82,11 +85,18 @@ def _measured(results: Record) -> str:
 
 
 def _not_measured(results: Record) -> str:
-    """Kinds of records that there are none of, and by suite the arms, as `--arms` names them."""
-    texts = [name for kind, name in KINDS.items() if not of_kind(results, kind)]
-    for suite in suites(results):
-        missing = [name for name in ARMS if name not in suite.arms]
-        texts += [f"{suite.name}: {', '.join(missing)}"] * bool(missing)
+    """What `make bench` would add: kinds by dtype, comparisons, and arms of those that there are."""
+    texts = []
+    for kind, name in KINDS.items():
+        there = {record.get("dtype") for record in of_kind(results, kind)}
+        texts += [name] if not there else []
+        texts += [f"{name} in {dtype}" for dtype in DTYPES if there and kind != "arm" and dtype not in there]
+    measured = {suite.name: suite for suite in suites(results)}
+    wanted = [f"{model}-{dtype}-{tokens}" for model, tokens in COMPARISONS for dtype in DTYPES]
+    texts += [name for name in wanted if measured and name not in measured]
+    for name, suite in measured.items():
+        missing = [arm for arm in ARMS if arm not in suite.arms]
+        texts += [f"{name}: {', '.join(missing)}"] * bool(missing)
     return "; ".join(texts) or "–"
 
 
@@ -143,7 +153,8 @@ def _targets(results: Record) -> str:
     section of its own, *The paper's cost claims*; *design* is a number of the design's contract. Step times and
     scoring are judged by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference
     of their medians of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are
-    *{OPEN}*. An exponent holds, or is missed, with all of its interval. Memory and counts are compared as they are."""
+    *{OPEN}*. An exponent holds, or is missed, with all of its interval. Counts are compared as they are, and
+    so is memory, but for the process's: what differs by less than two floors is not told apart."""
     heads = ("from", "target", "where", "measured", "verdict")
     shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
     return section("## Targets", prose(text), table(heads, shown))
@@ -151,10 +162,10 @@ def _targets(results: Record) -> str:
 
 def _reading() -> str:
     items = (
-        f"""**step / floor**: every step of an arm over the floor step nearest in time. Median of these pairs, in
-        brackets their middle half (25 to 75 %). *forward*, *backward*, *optimizer*: the median of that part over the
-        whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the median; what
-        differs by less is not told apart.""",
+        f"""**step / floor**: every step of an arm over the floor step beside it, or the mean of two. Median of these
+        pairs, in brackets their middle half (25 to 75 %). *forward*, *backward*, *optimizer*: the median of that part
+        over the whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the
+        median; what differs by less is not told apart.""",
         """**pairs**: arms of a suite that have different numbers of them are of different runs, those of the commands
         above, each over the floor of its own run. Of an arm that was measured anew, such as with more pairs, the last
         run is kept.""",
@@ -165,13 +176,16 @@ def _reading() -> str:
         weights left out, less the floor's. **alive after forward**: bytes that a forward leaves alive, however they
         are kept, less the floor's; the listing of Appendix A keeps its inputs where the first does not see
         them.""",
-        """**peak of the process**: resident memory, from the first timed step on. **counted peak**: bytes of tensors
-        alive at once within a step.""",
+        """**peak of the process**: resident memory over two steps after the first, in a process that holds this arm
+        alone; one sample, which two equal floors differ in too. **counted peak**: bytes of tensors alive at once
+        within a step.""",
         """The Llamas have the layers of LLaMA-7B, or smaller ones, with random weights that 16 bits hold exactly, as
         those of published models; SMT's copy of the base's blocks then takes 2 bytes each, in a model of fp32 too.""",
         """Blocks stand at random places, as many in every layer: the worst case for what is saved, since blocks
         chosen by score crowd in fewer columns.""",
         """Trained tensors are fp32 in all arms but full fine-tuning, which trains the weights in the base's dtype. All
         train by torch's AdamW.""",
+        """There is no autocast. Beside bf16 weights PEFT multiplies LoRA's and DoRA's fp32 factors in fp32, on inputs
+        cast to it; under autocast these products would be of bf16, and faster where the processor multiplies that.""",
     )
     return section("## How to read the tables", "\n".join(f"- {prose(item)}" for item in items))

@@ -20,7 +20,14 @@ from smtune.report.benchmarks.records import (
     spread,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import OPEN, SCORING, dense_rates, kernel_cases, scoring_ratios
+from smtune.report.benchmarks.targets import (
+    OPEN,
+    SCORING,
+    best_candidate,
+    dense_rates,
+    kernel_cases,
+    scoring_ratios,
+)
 
 
 def growth_section(results: Record, pictures: Pictures) -> str:
@@ -162,10 +169,9 @@ def kernels_section(results: Record) -> str:
 
 
 def _is_best(used: str, rates: Mapping[str, np.ndarray]) -> str:
-    best = max(rates, key=lambda name: np.median(rates[name]))
+    best, estimate = best_candidate(used, rates)
     if best == used:
         return "yes"
-    estimate = difference(rates[best], rates[used])
     if estimate is None or estimate.low <= 0:
         return f"{OPEN} from {best}"
     return f"no: {best}, by {100 * estimate.value:.0f} ({100 * estimate.low:.0f} to {100 * estimate.high:.0f}) points"

@@ -1,8 +1,8 @@
 """The records of `smtune bench` as the report reads them: suites of arms, ratios of pairs, medians and intervals.
 
-A round times one step of every arm, with floor steps in between. A *pair* is an arm's step and the floor step nearest
-in time; its ratio is what all tables show, so that a machine that slows down slows both. Nothing is assumed complete:
-kinds, arms, parts and fields may be missing, and an arm may hold an error instead of times.
+A round times one step of every arm, with floor steps in between. A *pair* is an arm's step and the floor step beside
+it, or the mean of two; its ratio is what all tables show, so that a machine that slows down slows both. Nothing is
+assumed complete: kinds, arms, parts and fields may be missing, and an arm may hold an error instead of times.
 
 Imports numpy, `smtune.bench.suites` and `smtune.evaluation.statistics`.
 """

@@ -7,7 +7,6 @@ from smtune.report.benchmarks.markdown import Pictures, image, prose, section, t
 from smtune.report.benchmarks.records import (
     FLOOR,
     PARTS,
-    Record,
     Suite,
     all_flops,
     beyond_floor,
@@ -15,7 +14,6 @@ from smtune.report.benchmarks.records import (
     label,
     median,
     minus,
-    of_floor,
     over,
     pairs,
     part_ratios,
@@ -24,7 +22,7 @@ from smtune.report.benchmarks.records import (
     step,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import ABSENT, NAMES, RIVALS, compare
+from smtune.report.benchmarks.targets import ABSENT, RIVALS, compare, memory_parts
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
@@ -116,7 +114,7 @@ def rivals_section(found: list[Suite]) -> str:
             if any(word != ABSENT for _, word in told):
                 cells = [f"{words.signed(estimate)} " if estimate else "" for estimate, _ in told]
                 rows.append((suite.name, *(cell + verdict(word) for cell, (_, word) in zip(cells, told))))
-        of_name = table(("suite", *(NAMES[rival] for rival in rivals)), rows)
+        of_name = table(("suite", *rivals.values()), rows)
         tables.append(section(f"{words.arm(name)} less …", of_name))
     if not any(tables):
         return ""
@@ -132,9 +130,8 @@ def memory_section(found: list[Suite]) -> str:
         return ""
     text = """Counted peak of a step less the floor's, in bytes, and what lives from step to step or is saved for the
     backward: buffers beside the base (the index), deltas, the originals that give the base back, their gradients,
-    Adam's state, saved columns. The remainder is what these do not explain: positive, it is temporaries;
-    negative, the parts are never alive together, for saved columns are gone before the last gradients and the
-    optimizer's step come."""
+    Adam's state, saved columns. The remainder is what these do not explain. SMT's is minus its gradients: the peak is
+    at the loss, before the first of them. Of others, a positive one is temporaries."""
     return section("## Memory above the floor, explained", prose(text), *tables)
 
 
@@ -147,14 +144,3 @@ def _memory(suite: Suite) -> str:
             rows.append([label(arm), *map(words.count, (gap, *parts.values(), gap - sum(parts.values())))])
     heads = ("arm", "gap", "buffers", "deltas", "originals", "gradients", "Adam", "saved", "remainder")
     return table(heads, rows)
-
-
-def memory_parts(suite: Suite, name: str, arm: Record) -> dict[str, float]:
-    """Bytes beyond the floor's by what they are for."""
-    state = arm.get("state_bytes") or {}
-    buffers = minus(state.get("base"), of_floor(arm, suite.floor, "state_bytes", "base"))
-    return {
-        "buffers": buffers or 0,
-        **{key: state.get(key) or 0 for key in ("trained", "originals", "gradients", "optimizer")},
-        "saved": beyond_floor(suite, name, "saved_bytes") or 0,
-    }

@@ -23,6 +23,8 @@ from smtune.report.benchmarks.records import (
     label,
     median,
     median_interval,
+    minus,
+    of_floor,
     of_kind,
     ran,
     step_ratios,
@@ -35,26 +37,30 @@ STEP_TARGETS = {"smt-0.84": 1.02, "smt-4.91": 1.06}
 STEP_TOKENS = 1024
 """The step targets are for the layer shapes of LLaMA-7B and at least so many tokens."""
 RIVALS = {
-    "smt-0.84": ("lora", "lora-all", "dora", "shira", "supertuning", "full"),
-    "smt-4.91": ("lora-4.91", "full"),
+    "smt-0.84": {
+        "lora": "LoRA",
+        "lora-all": "LoRA on all linear layers",
+        "dora": "DoRA",
+        "shira": "SHiRA",
+        "supertuning": "Super-tuning",
+        "full": "full",
+    },
+    "smt-4.91": {
+        "lora-4.91": "LoRA 4.91 %",
+        "dora": "DoRA 0.84 %",
+        "shira": "SHiRA 0.84 %",
+        "supertuning": "Super-tuning 0.84 %",
+        "full": "full",
+    },
 }
-"""Who has to be slower than whom."""
+"""By arm of SMT, who has to be slower, and the name it has there: some of the second have fewer parameters."""
 EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lora-4.91"}}
 """By arm of SMT, adapters that train as many parameters."""
 ADDITIVE = {"smt-0.84": "smt-additive", "smt-4.91": "smt-additive-4.91"}
 """By arm of SMT, which is resident, the same in the additive mode."""
-NAMES = {
-    "lora": "LoRA",
-    "lora-4.91": "LoRA 4.91 %",
-    "lora-all": "LoRA on all linear layers",
-    "dora": "DoRA",
-    "shira": "SHiRA",
-    "supertuning": "Super-tuning",
-    "full": "full",
-}
 RESIDENT = ("smt-0.43", "smt-0.84", "smt-1.26", "smt-2.5", "smt-3.73", "smt-4.91")
 CONTROL = 0.01
-"""The median step of a second floor is at most so far from the floor's."""
+"""A second floor's median step is at most so far from the floor's."""
 FAR_BELOW = 0.5
 """Peak memory "far below" full fine-tuning's is at most this share of it."""
 MILLISECONDS = 0.1
@@ -89,7 +95,7 @@ def targets(results: Record) -> list[Row]:
     """All target rows, those that nothing was measured for included."""
     found = suites(results)
     return [
-        *_each(found, "control", f"a second floor beside the floor: step / floor 1 to within {CONTROL}", _control),
+        *_each(found, "control", f"a second floor among the arms: step / floor 1 to within {CONTROL}", _control),
         *_step(found),
         *_below_rivals(found),
         *_each(found, "2", "FLOPs = floor's + 2·(block parameters)·N, exactly", _flops),
@@ -101,6 +107,12 @@ def targets(results: Record) -> list[Row]:
             _state,
         ),
         *_each(found, "3", "counted peak memory at or below LoRA's of equal parameters", _peak_counted),
+        *_each(
+            found,
+            "3",
+            "counted peak beyond the floor's = index + deltas + originals + Adam + what is saved, to the byte",
+            _gap,
+        ),
         *_each(found, "3", "the process's peak memory at or below LoRA's of equal parameters", _peak_process),
         *_each(found, "3", f"counted peak memory at most {words.percent(FAR_BELOW, 0)} of full's", _peak_full),
         *_growth(results),
@@ -158,11 +170,12 @@ def _joined(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
 
 
 def _control(suite: Suite) -> tuple[str, str]:
-    ratios = step_ratios(suite.arms.get("control"))
-    if not ratios.size:
-        return "", ABSENT
-    value, _, text = _median(ratios)
-    return text, _holds(abs(value - 1) <= CONTROL)
+    """Of every group of arms that was timed together with a second floor."""
+    groups = dict.fromkeys(tuple(arm["control"]) for arm in suite.arms.values() if arm.get("control"))
+    ratios = [np.array(group) for group in groups] or [step_ratios(suite.arms.get("control"))]
+    judged = [_median(group)[1:] for group in ratios if group.size]
+    verdicts = [_within(interval, 1 - CONTROL, 1 + CONTROL) for interval, _ in judged]
+    return "; ".join(text for _, text in judged), worst(verdicts)
 
 
 # -- 1: step time ----------------------------------------------------------------------------------------------------
@@ -202,10 +215,11 @@ def _median(ratios: np.ndarray) -> tuple[float, Estimate | None, str]:
 def _below_rivals(found: list[Suite]) -> list[Row]:
     rows = []
     for name, rivals in RIVALS.items():
-        what = f"{words.arm(name)}: step below {', '.join(NAMES[rival] for rival in rivals)}"
+        what = f"{words.arm(name)}: step below {', '.join(rivals.values())}"
 
         def judge(suite: Suite, name=name, rivals=rivals) -> tuple[str, str]:
-            verdicts = {NAMES[rival]: compare(suite.arms.get(name), suite.arms.get(rival))[1] for rival in rivals}
+            smt = suite.arms.get(name)
+            verdicts = {shown: compare(smt, suite.arms.get(rival))[1] for rival, shown in rivals.items()}
             by_verdict = {v: [name for name, verdict in verdicts.items() if verdict == v] for v in verdicts.values()}
             order = [verdict for verdict in (MISSED, OPEN, HOLDS, ABSENT) if verdict in by_verdict]
             text = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
@@ -278,13 +292,15 @@ def _all_alike(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
 # -- 3: memory -------------------------------------------------------------------------------------------------------
 
 
-def _below_lora(suite: Suite, key: str) -> tuple[str, str]:
+def _below_lora(suite: Suite, key: str, noise: float = 0) -> tuple[str, str]:
+    """SMT against LoRA; what differs by at most `noise` bytes is not told apart."""
     parts = {}
     for smt, equal in EQUAL.items():
         mine, theirs = (get(suite.arms.get(arm), key) for arm in (smt, equal["LoRA"]))
         if mine and theirs:
             text = f"{words.size(mine)} against {words.size(theirs)} ({words.signed_size(mine - theirs)})"
-            parts[words.arm(smt)] = (text, _holds(mine <= theirs))
+            verdict = OPEN if 0 < abs(mine - theirs) <= noise else _holds(mine <= theirs)
+            parts[words.arm(smt)] = (text, verdict)
     return _joined(parts)
 
 
@@ -299,7 +315,37 @@ def _peak_counted(suite: Suite) -> tuple[str, str]:
 
 
 def _peak_process(suite: Suite) -> tuple[str, str]:
-    return _below_lora(suite, "peak_rss_bytes")
+    """One sample each: what two floors differ by tells nothing."""
+    floor, control = (get(suite.arms.get(arm), "peak_rss_bytes") for arm in ("floor", "control"))
+    noise = abs(control - floor) if floor and control else 0
+    text, verdict = _below_lora(suite, "peak_rss_bytes", noise)
+    return (f"{text}; two floors differ by {words.size(noise)}" if text and noise else text), verdict
+
+
+AT_PEAK = ("buffers", "trained", "originals", "optimizer", "saved")
+"""Of `memory_parts`, those that are there at SMT's peak: at the loss, before the first gradient of a block."""
+
+
+def _gap(suite: Suite) -> tuple[str, str]:
+    parts = {}
+    for name, arm in _resident(suite).items():
+        gap = beyond_floor(suite, name, "peak_tensor_bytes")
+        if gap is not None and arm.get("state_bytes"):
+            found = memory_parts(suite, name, arm)
+            off = gap - sum(found[part] for part in AT_PEAK)
+            parts[words.arm(name)] = ("exact", HOLDS) if off == 0 else (f"off by {off:+,} bytes", MISSED)
+    return _all_alike(parts)
+
+
+def memory_parts(suite: Suite, name: str, arm: Record) -> dict[str, float]:
+    """Bytes beyond the floor's by what they are for."""
+    state = arm.get("state_bytes") or {}
+    buffers = minus(state.get("base"), of_floor(arm, suite.floor, "state_bytes", "base"))
+    return {
+        "buffers": buffers or 0,
+        **{key: state.get(key) or 0 for key in ("trained", "originals", "gradients", "optimizer")},
+        "saved": beyond_floor(suite, name, "saved_bytes") or 0,
+    }
 
 
 def _peak_full(suite: Suite) -> tuple[str, str]:
@@ -321,12 +367,16 @@ def _peak_full(suite: Suite) -> tuple[str, str]:
 
 def judge_exponent(fitted: sweeps.Fit | None, target: float, at_most: bool = False) -> str:
     """HOLDS or MISSED where the exponent's whole interval is within the tolerance, or outside it."""
-    if fitted is None:
+    return _within(fitted, -np.inf if at_most else target - sweeps.TOLERANCE, target + sweeps.TOLERANCE)
+
+
+def _within(interval: Estimate | sweeps.Fit | None, low: float, high: float) -> str:
+    """Whether an interval is within these bounds with all it holds; without one nothing can be told."""
+    if interval is None:
         return OPEN
-    low, high = -np.inf if at_most else target - sweeps.TOLERANCE, target + sweeps.TOLERANCE
-    if low <= fitted.low and fitted.high <= high:
+    if low <= interval.low and interval.high <= high:
         return HOLDS
-    return MISSED if fitted.high < low or fitted.low > high else OPEN
+    return MISSED if interval.high < low or interval.low > high else OPEN
 
 
 def _growth(results: Record) -> list[Row]:
@@ -433,7 +483,34 @@ def kernel_cases(results: Record) -> dict[tuple, dict[str, Record]]:
     return cases
 
 
+def best_candidate(used: str, rates: Mapping[str, np.ndarray]) -> tuple[str, Estimate | None]:
+    """The fastest candidate of a case, and the bounds of what it is faster by than the one that is used."""
+    best = max(rates, key=lambda name: np.median(rates[name]))
+    return best, None if best == used else difference(rates[best], rates[used])
+
+
 def _kernels(results: Record) -> list[Row]:
+    return [*_best_candidates(results), _half_rate(results)]
+
+
+def _best_candidates(results: Record) -> list[Row]:
+    what = "the block gradient by the best of the measured layouts, or one not told apart from it"
+    slower: dict[str, list[str]] = {}
+    for (device, dtype, _, _, size, blocks), candidates in kernel_cases(results).items():
+        used = next((name for name, record in candidates.items() if record.get("used")), None)
+        if used is None:
+            continue
+        of_dtype = slower.setdefault(f"kernels, {device}, {dtype}", [])
+        best, estimate = best_candidate(used, {name: dense_rates(record) for name, record in candidates.items()})
+        if estimate is not None and estimate.low > 0:
+            of_dtype.append(f"{blocks} of {size}²: {best} faster by {100 * estimate.value:.0f} points")
+    rows = [
+        Row("kernels", what, where, "; ".join(of) or "in every case", _holds(not of)) for where, of in slower.items()
+    ]
+    return rows or [Row("kernels", what, "", "", ABSENT)]
+
+
+def _half_rate(results: Record) -> Row:
     what = f"block gradient in bfloat16 at {words.percent(HALF_RATE, 0)} of the dense rate or more"
     rates = [
         rate
@@ -442,7 +519,7 @@ def _kernels(results: Record) -> list[Row]:
         if record.get("used") and case[1] == "bfloat16" and (rate := dense_rate(record)) is not None
     ]
     if not rates:
-        return [Row("kernels", what, "", "", ABSENT)]
+        return Row("kernels", what, "", "", ABSENT)
     enough = sum(rate >= HALF_RATE for rate in rates)
     text = f"{enough} of {len(rates)} cases; {words.percent(min(rates))} to {words.percent(max(rates))}"
-    return [Row("kernels", what, "kernel records", text, _holds(enough == len(rates)))]
+    return Row("kernels", what, "kernel records", text, _holds(enough == len(rates)))
