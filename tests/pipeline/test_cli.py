@@ -308,8 +308,9 @@ def test_a_fault_of_ours_is_code_1(config, capsys, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_version(capsys):
-    out, _ = run(capsys, "version")
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_version(word, capsys):
+    out, _ = run(capsys, word)
     assert out.strip() == smtune.__version__
 
 

@@ -85,7 +85,7 @@ def test_an_answer_that_is_no_option(tmp_path):
 
 def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(harness.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'smtune\[lm-eval\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[lm-eval\]'"):
         evaluate(
             None, None, [ITEM], protocol="likelihood", backend="lm-eval", model_id="x", out_dir=tmp_path / "results"
         )

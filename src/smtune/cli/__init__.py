@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="smtune",
-    help="Sparse Matrix Tuning: fine-tune a language model by training only the weight blocks that matter.",
+    help="Sparse Matrix Tuning: fine-tune a language model by training blocks of its weights.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -47,9 +47,9 @@ console = Console(stderr=True, highlight=False)
 
 Config = Annotated[Path, typer.Argument(help="A YAML configuration, such as examples/smollm2-arithmetic.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as training.max_steps=50.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as training.max_steps=50.")
 ]
-DType = Annotated[str, typer.Option(help="Of the base weights: float32 or bfloat16.")]
+DType = Annotated[str, typer.Option(help="Of the base weights: float32 (4 bytes each: 28 GB for 7B) or bfloat16.")]
 
 
 @app.command()
@@ -58,7 +58,7 @@ def select(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
 ) -> None:
-    """Score the blocks of a model by gradients and write the plan of those to train."""
+    """Score blocks and write a plan; train nothing."""
     from smtune.report import plan_table
     from smtune.training import load_config, select_plan
 
@@ -88,11 +88,12 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan of work.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start this many processes here, one for each GPU, as torchrun does.")
-    ] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here, one for each GPU.")] = None,
 ) -> None:
-    """Fine-tune: load, score, select, train, save, and evaluate if the configuration names tasks."""
+    """Fine-tune: score and select blocks, train, save.
+
+    Then evaluate, if the configuration names tasks.
+    """
     from smtune import training
 
     checked = training.load_config(config, overrides or [])
@@ -118,7 +119,13 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="An alias, a folder of a model, an adapter or a run, or a hub id.")],
-    tasks: Annotated[str, typer.Option(help="Tasks or groups, with commas: commonsense, math, boolq, gsm8k, …")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas. Packaged: arithmetic, comparison, gsm8k, SVAMP, AQuA, openbookqa, social_i_qa, "
+            "winogrande. Others, and the groups commonsense and math, want --source."
+        ),
+    ],
     source: Annotated[str | None, typer.Option(help="Folder or file of test records. Default: the package's.")] = None,
     protocol: Annotated[str, typer.Option(help="generate, or likelihood for tasks with options.")] = "generate",
     limit: Annotated[int | None, typer.Option(help="Items of a task, at most.")] = None,
@@ -128,9 +135,18 @@ def evaluate(
         str, typer.Option(help="smtune, or lm-eval: likelihood by lm-evaluation-harness's own model class.")
     ] = "smtune",
     dtype: DType = "float32",
-    output: Annotated[Path | None, typer.Option(help="Folder for results. Default: beside the model's run.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results. Default: evaluation/<protocol>-<dtype> in the model's folder, or, of an alias or "
+            "a hub id, in evaluations/<name>. --beams and --backend are added to its name."
+        ),
+    ] = None,
 ) -> None:
-    """Measure accuracy with intervals; a call that was cut short goes on where it stopped."""
+    """Measure accuracy with intervals.
+
+    A call that was cut short goes on where it stopped.
+    """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("Expected --tasks with names of tasks or groups, such as gsm8k,boolq. Got none.")
@@ -225,7 +241,10 @@ def merge(
         bool, typer.Option("--dequantize", help="Make a quantised base dense first, which keeps all that was trained.")
     ] = False,
 ) -> None:
-    """Write an adapter's blocks into its base model: a plain checkpoint that loads without smtune."""
+    """Write a plain checkpoint with the blocks in it.
+
+    It loads without smtune.
+    """
     import smtune
     from smtune.models import DTYPES, load_model, load_tokenizer, quiet
     from smtune.tuner.quantised import is_quantised
@@ -264,7 +283,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A plan, an adapter or a run.")],
     output: Annotated[Path | None, typer.Option(help="Folder for the pictures. Default: beside it.")] = None,
 ) -> None:
-    """Show where the trained blocks are: a table, and the paper's Figures 4 and 5 as pictures."""
+    """Show where the trained blocks are.
+
+    A table, and the paper's Figures 4 and 5 as pictures.
+    """
     from smtune import report
 
     plan = _find_plan(path)
@@ -316,13 +338,16 @@ def show_demo(
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("smtune-demo"),
 ) -> None:
-    """Fine-tune SmolLM2-135M on word problems, here and now, with its accuracy before and after."""
+    """Fine-tune SmolLM2-135M on word problems.
+
+    Here and now, with its accuracy before and after.
+    """
     from smtune.cli.demo import run_demo
 
     run_demo(output, compare=compare, control=control, console=Console(highlight=False))
 
 
-app.command(name="bench")(bench)
+app.command(name="bench", short_help="Time and count training steps of SMT and its rivals.")(bench)
 app.command(name="reproduce")(reproduce)
 
 
@@ -332,8 +357,17 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of bad input too.")] = False,
 ) -> None:
     """Read by `main`, which takes it anywhere on the line; it stands here for `--help`."""

@@ -28,8 +28,9 @@ def reproduce(
     experiments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[table1|…|table6|figure3|figure4|figure5|memory|study|evidence]...",
-            help="What to run; all by default. pretrain-mini makes the model of the tier mini, evidence the answer.",
+            metavar="EXPERIMENT",
+            help="table1 to table6, figure3 to figure5, memory, study or a part of it; all by default. pretrain-mini "
+            "makes the model of the tier mini, evidence the answer.",
         ),
     ] = None,
     scale: Annotated[str, typer.Option(help="embedded, or paper: the paper's models and data.")] = "embedded",
@@ -62,7 +63,10 @@ def reproduce(
     steps: Annotated[int | None, typer.Option(min=1, help="A trial: so many training steps.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="A trial: so many items of each test.")] = None,
 ) -> None:
-    """Run the paper's experiments, and show them in its layout beside its numbers. A stopped run goes on."""
+    """Run the paper's experiments anew.
+
+    They are shown in its layout beside its numbers. A stopped run goes on.
+    """
     console = Console(stderr=True, highlight=False)
 
     def say(text: str) -> None:

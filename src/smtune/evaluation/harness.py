@@ -50,7 +50,7 @@ def require() -> None:
     if util.find_spec("lm_eval") is None:
         raise InputError(
             "Expected the package `lm_eval` (EleutherAI's lm-evaluation-harness). It is not installed: "
-            "pip install 'smtune[lm-eval]'."
+            "`pip install -e '.[lm-eval]'` in a clone of smtune."
         )
 
 
