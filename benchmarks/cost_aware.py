@@ -7,8 +7,8 @@ selected for each `max_backward_cost`, with the same budget of parameters, and t
 order for the same steps. Measured: the loss on answers of held-out problems, accuracy on the test problems, and the
 share of the score that the plan keeps. The cost is counted, not timed: a fraction of the whole chain of dX products.
 
-One JSON line a cell, written as it is done; cells that are there are not run again. Two seeds and 200 problems decide
-nothing between plans that are close.
+One JSON line a cell, written as it is done; cells that are there, of as many steps and items, are not run again. A few
+seeds and 200 problems decide nothing between plans that are close.
 """
 
 from __future__ import annotations
@@ -61,7 +61,12 @@ def main() -> None:
     done = set()
     if arguments.output.is_file():
         rows = [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
-        done = {(row["seed"], row["max_backward_cost"]) for row in rows}
+        asked = (None, arguments.steps)  # the untuned model has no steps
+        done = {
+            (row["seed"], row["max_backward_cost"])
+            for row in rows
+            if row.get("steps") in asked and row["of"] == arguments.items
+        }
 
     scores: dict[int, tuple[Scores, int]] = {}
     cells = [(None, None), *((seed, limit) for seed in range(arguments.seeds) for limit in LIMITS)]

@@ -3,12 +3,14 @@
     make bench-gpu        # or: python benchmarks/gpu.py --output docs/results/bench_gpu.json
 
 Kernels: the block gradients of one layer of LLaMA-7B, q, k and v together (4096² each, blocks of 256²), at 27 and 158
-blocks a layer (0.84 and 4.91 % of the model), by Triton, by the loop of GEMMs, by gathering, and the dense dYᵀX; the
-additive forward by Triton and by the loop. All take turns, round by round. Two times for each: the GPU's own, taken
-between events behind a kernel that keeps it busy meanwhile, and the host's, to launch everything. In a step that keeps
-the GPU busy the first is what counts, in one that waits for the host the second.
+blocks a layer (0.84 and 4.91 % of the model), by Triton, by the loop of GEMMs in the operands' dtype, by the loop as it
+is used where there is no Triton (`fallback`), by gathering, and the dense dYᵀX; the additive forward by Triton and by
+the loop. All take turns, round by round. Two times for each: the GPU's own, taken between events behind a kernel that
+keeps it busy meanwhile, and the host's, to launch everything. In a step that keeps the GPU busy the first is what
+counts, in one that waits for the host the second.
 
-Steps: floor, SMT and LoRA of as many parameters on two layers of LLaMA-7B's shape, a floor step beside each.
+Steps: floor, a second floor as control, SMT and LoRA of as many parameters on two layers of LLaMA-7B's shape, all on
+the same weights, a floor step beside each. The file is written after every record.
 
 Without a GPU: says so, exit code 2.
 """
@@ -30,7 +32,7 @@ from torch import Tensor
 from smtune import block_grad
 from smtune.bench import machine, measure
 from smtune.bench.arms import Setting, build
-from smtune.bench.subjects import find_subject
+from smtune.bench.subjects import find_subject, same_weights
 from smtune.bench.turns import pair, turns
 from smtune.blocks import BlockGrid, BlockIndex
 from smtune.files import write_json
@@ -42,7 +44,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCKS = (27, 158)
 KERNEL_TOKENS = (1024, 2048, 4096, 8192)
 STEP_TOKENS = (1024, 4096)
-ARMS = ("smt-0.84", "smt-4.91", "smt-additive", "lora", "lora-4.91")
+ARMS = ("control", "smt-0.84", "smt-4.91", "smt-additive", "lora", "lora-4.91")
 BUSY_CYCLES = 10_000_000
 """Some milliseconds: longer than the host takes to launch what is timed."""
 
@@ -71,12 +73,13 @@ def main() -> int:
             for n_blocks in BLOCKS:
                 record = time_kernels(dtype, tokens, n_blocks, arguments.rounds, device)
                 results["kernels"].append(record)
+                write_json(arguments.output, results)
                 report(record, "gpu_ms", "dense")
         for tokens in STEP_TOKENS:
             record = time_steps("llama-7b-layers", dtype, tokens, arguments.rounds, device)
             results["steps"].append(record)
+            write_json(arguments.output, results)
             report(record, "step_ms", "floor")
-    write_json(arguments.output, results)
     print(f"Wrote {arguments.output}")
     return 0
 
@@ -134,6 +137,7 @@ def time_kernels(
     runs: dict[str, Callable[[], Any]] = {
         "triton": lambda: [block_grad(grad_y, x, index) for grad_y, index in zip(grads, indices)],
         "loop": gradients(lambda *operands: block_grad_loop(*operands, "strided")),
+        "fallback": gradients(block_grad_loop),
         "grouped": gradients(grouped),
         "bmm": gradients(bmm),
         "dense": lambda: [grad_y.T @ x for grad_y in grads],
@@ -198,17 +202,17 @@ def time_steps(
 ) -> dict[str, Any]:
     """Whole training steps, and each one's ratio to the floor steps beside it."""
     subject = find_subject(model)
-    arms, batches = {}, {}
-    for name in ("floor", *names):
-        base = subject.load(dtype, device.type)
-        batches[name] = subject.inputs(base, tokens)
-        arms[name] = build(name, Setting(subject, dtype, device.type), base, batches[name])
+    base = subject.load(dtype, device.type)
+    batch = subject.inputs(base, tokens)
+    setting = Setting(subject, dtype, device.type)
+    arms = {name: build(name, setting, same_weights(base), batch) for name in ("floor", *names)}
+    for arm in arms.values():
         for _ in range(3):
-            measure.step(arms[name], batches[name])
+            measure.step(arm, batch)
     times: dict[str, dict[str, list[float]]] = {name: {"step_ms": [], "of_floor": []} for name in arms}
     for number in range(rounds):
         order = turns(list(names), number)
-        seconds = [measure.step(arms[name], batches[name]) for name in order]
+        seconds = [measure.step(arms[name], batch) for name in order]
         for place, name in enumerate(order):
             whole = sum(seconds[place].values())
             times[name]["step_ms"].append(1e3 * whole)

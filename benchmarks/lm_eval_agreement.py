@@ -4,7 +4,7 @@
 
 TEST_FOLDER holds `<task>.jsonl` in LLM-Adapters' format. The same items are answered by `smtune.evaluation` and, as
 tasks of the harness, by `lm_eval` itself: its own tokenising, batching, log-probabilities and metrics.
-`smtune.evaluation.harness.agreement` says what is compared. Needs `pip install 'smtune[lm-eval]'`.
+`smtune.evaluation.harness.agreement` says what is compared. Needs `pip install -e '.[lm-eval]'`.
 
 What the file holds of other tasks is kept. On one thread an item takes 1 (PIQA) to 5 seconds (HellaSwag).
 """

@@ -439,7 +439,7 @@ def need_deepspeed() -> None:
         return
     if os.environ.get(REQUIRE_DEEPSPEED) == "1":
         pytest.fail(f"deepspeed is not installed, but {REQUIRE_DEEPSPEED}=1")
-    pytest.skip("needs deepspeed: pip install 'smtune[distributed]'")
+    pytest.skip("needs deepspeed: pip install -e '.[distributed]'")
 
 
 def call(command: list[str], folder: Path) -> subprocess.CompletedProcess:

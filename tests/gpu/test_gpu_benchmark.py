@@ -43,7 +43,8 @@ def test_kernels_are_timed_and_checked(gpu_benchmark, capsys):
     record = gpu_benchmark.time_kernels("float32", 12, 7, 2, CPU, features=64, block_size=16)
     json.dumps(record)
     assert record["triton_error"] < 1e-5
-    assert {"triton", "loop", "grouped", "bmm", "dense", "product_triton", "product_loop"} == record["arms"].keys()
+    gradients = {"triton", "loop", "fallback", "grouped", "bmm", "dense"}
+    assert record["arms"].keys() == gradients | {"product_triton", "product_loop"}
     for times in record["arms"].values():
         assert len(times["gpu_ms"]) == len(times["host_ms"]) == 2
     gpu_benchmark.report(record, "gpu_ms", "dense")

@@ -310,6 +310,13 @@ def test_a_dry_run_foresees_it(configure, quiet, tmp_path):
     assert f"a dense warm-up: {WARMUP_STEPS} steps of 4 rows train every weight" in console.file.getvalue()
 
 
+@pytest.mark.parametrize(("rate", "is_remarked"), [("null", True), ("2e-5", False)])
+def test_a_rate_for_blocks_is_no_rate_for_all_weights(configure, rate, is_remarked):
+    config = configure(SMT, "training.learning_rate=3e-3", f"smt.dense_warmup_learning_rate={rate}")
+    remarks = dry_run(config).remarks
+    assert any("dense_warmup_learning_rate is 0.003, and trains every" in each for each in remarks) == is_remarked
+
+
 def test_what_it_says(configure, capsys):
     train(configure(SMT, "training.logging_steps=2"), console=Console(width=200))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dense warm-up")]

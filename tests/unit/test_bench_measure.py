@@ -65,6 +65,7 @@ def test_every_arm_is_built_and_steps(name, dtype):
         ("smt-4.91", {}),
         ("smt-0.84", {"share": 1.0}),
         ("smt-0.84", {"block_size": 32, "share": 0.5}),
+        ("smt-0.84", {"layers": (0,)}),  # a layer without blocks above
         ("smt-at-use", {}),
         ("smt-after-step", {}),
     ],

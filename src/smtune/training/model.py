@@ -34,7 +34,7 @@ from smtune.models import (
     wrapping,
 )
 from smtune.scoring import Scores, device_here
-from smtune.training.config import TrainConfig
+from smtune.training.config import LEARNING_RATES, TrainConfig
 from smtune.training.warmup import dense_warmup
 from smtune.tuner.targets import count_parameters, find_targets
 
@@ -102,7 +102,8 @@ def foresee(config: TrainConfig, kept: Path | None = None) -> Foreseen:
     total_parameters = count_parameters(model)
     if config.method == "smt":
         plan = expected_plan(model, config, kept)
-        remarks = (*_remarks_on_dtype(config), *_remarks_on_length(model, config), *_remarks_on_budget(plan, config))
+        remarks = (*_remarks_on_dtype(config), *_remarks_on_warmup(config), *_remarks_on_length(model, config))
+        remarks += tuple(_remarks_on_budget(plan, config))
         return Foreseen(total_parameters, plan.n_params, plan, remarks)
     remarks = (*_remarks_on_dtype(config), *_remarks_on_length(model, config))
     parameters = wrap(model, config, None).parameters()
@@ -115,6 +116,16 @@ def _remarks_on_dtype(config: TrainConfig) -> Iterator[str]:
         yield (
             "dtype is bfloat16, which this CPU cannot multiply: products take some 6 to 200 times as long as in "
             "float32. Use float32 here."
+        )
+
+
+def _remarks_on_warmup(config: TrainConfig) -> Iterator[str]:
+    rate = config.smt.dense_warmup_learning_rate
+    usual = LEARNING_RATES["full"]
+    if config.has_dense_warmup and rate is not None and rate > 10 * usual:
+        yield (
+            f"smt.dense_warmup_learning_rate is {rate:g}, and trains every weight, for which {usual:g} is usual. "
+            "Blocks want larger rates: give the warm-up one of its own."
         )
 
 
