@@ -500,7 +500,7 @@ def _best_candidates(results: Record) -> list[Row]:
         used = next((name for name, record in candidates.items() if record.get("used")), None)
         if used is None:
             continue
-        of_dtype = slower.setdefault(f"kernels, {device}, {dtype}", [])
+        of_dtype = slower.setdefault(", ".join(filter(None, ("kernels", device, dtype))), [])
         best, estimate = best_candidate(used, {name: dense_rates(record) for name, record in candidates.items()})
         if estimate is not None and estimate.low > 0:
             of_dtype.append(f"{blocks} of {size}²: {best} faster by {100 * estimate.value:.0f} points")
