@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smtune import InputError
 from smtune.bench import arms, measure, probes, request, run, suites
@@ -126,7 +127,19 @@ def test_shares_are_the_papers_by_whole_blocks_a_layer(percent, blocks):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "lora-4.91", "lora-all", "dora", "shira", "supertuning", "sift", "appendix-a"]
+    "name",
+    [
+        "lora",
+        "lora-4.91",
+        "lora-autocast",
+        "lora-all",
+        "dora",
+        "dora-autocast",
+        "shira",
+        "supertuning",
+        "sift",
+        "appendix-a",
+    ],
 )
 def test_rivals_have_as_many_parameters_as_smt(name):
     subject = find_subject("llama-256x2")
@@ -277,6 +290,33 @@ def test_an_unmerge_that_leaves_blocks_behind_is_seen(monkeypatch):
     life = measure.adapter_life(arm, batch)
     assert life is not None
     assert life["restored_exactly"] is False
+
+
+class ProductsInFP32(TorchDispatchMode):
+    """Counts products of two matrices in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.count += args[-1].dtype == torch.float32
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "wide"), [("lora", True), ("dora", True), ("smt-0.84", False)])
+def test_autocast_arms_multiply_factors_in_bf16(name, wide):
+    arm, batch = build(name, "bfloat16")
+    with ProductsInFP32() as plain:
+        measure.step(arm, batch)
+    assert (plain.count > 0) == wide
+    if wide:
+        arm, batch = build(f"{name}-autocast", "bfloat16")
+        with ProductsInFP32() as cast:
+            measure.step(arm, batch)
+        assert cast.count == 0
+        assert not suites.comparison("x", "llama-64x2", "float32", TOKENS, [f"{name}-autocast"], None).cases
 
 
 # Turns and groups ---------------------------------------------------------------------------------------------------
@@ -526,7 +566,7 @@ def test_an_arm_that_cannot_be_counted_keeps_its_times(tmp_path, monkeypatch):
     run_series(series, results, How(rounds=2, threads=1))
     lora = next(each for each in results.records if each["arm"] == "lora")
     assert (len(lora["rounds"]), lora["uncounted"], lora["error"]) == (2, "out of memory", None)
-    assert page({"format": 1, "records": results.records}, {})
+    assert "x-float32-64: what is counted of LoRA q,k,v" in page({"format": 1, "records": results.records}, {})
 
 
 def test_a_floor_that_cannot_run_ends_its_series_alone(tmp_path, monkeypatch, capsys):

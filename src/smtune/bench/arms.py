@@ -201,6 +201,18 @@ def _lora(label: str, kinds: list[str], percent: float = EQUAL, dora: bool = Fal
     return builder
 
 
+def _autocast(builder: Builder) -> Builder:
+    """As the Trainer runs it with `bf16=True`: PEFT multiplies its fp32 factors in fp32 otherwise."""
+
+    def in_bf16(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
+        arm = builder(model, setting, batch)
+        arm.model.forward = torch.autocast(setting.device, torch.bfloat16)(arm.model.forward)
+        arm.label += ", autocast"
+        return arm
+
+    return in_bf16
+
+
 def _shira(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
     rank = _rank(model, setting, list(QKV))
     # PEFT draws the places in each layer from this seed, so matrices of one shape have the same.
@@ -326,8 +338,10 @@ BUILDERS: dict[str, Builder] = {
     "smt-additive-4.91": _smt(4.91, mode="additive"),
     "lora": _lora("LoRA q,k,v", list(QKV)),
     "lora-4.91": _lora("LoRA q,k,v", list(QKV), percent=4.91),
+    "lora-autocast": _autocast(_lora("LoRA q,k,v", list(QKV))),
     "lora-all": _lora("LoRA all linear", LINEARS),
     "dora": _lora("DoRA q,k,v", list(QKV), dora=True),
+    "dora-autocast": _autocast(_lora("DoRA q,k,v", list(QKV), dora=True)),
     "shira": _shira,
     "supertuning": _supertuning,
     "dense-v": _dense("dense v_proj", ("v_proj",)),

@@ -11,9 +11,12 @@ from smtune.bench.subjects import find_subject
 
 ARMS = (
     "floor control smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
-    "lora-all dora shira supertuning dense-v sift appendix-a full"
+    "lora-autocast lora-all dora dora-autocast shira supertuning dense-v sift appendix-a full"
 ).split()
 """The arms of a comparison, in the order of its table."""
+
+AUTOCAST = "-autocast"
+"""How arms end whose products are bf16 by autocast; they are of base weights in bf16 alone."""
 
 SUITES = {
     "layers7b": "every arm on the layers of LLaMA-7B",
@@ -82,9 +85,15 @@ class Series:
         }
 
 
+def is_for(arm: str, dtype: str) -> bool:
+    """Whether an arm is one of base weights in this dtype."""
+    return dtype == "bfloat16" or not arm.endswith(AUTOCAST)
+
+
 def comparison(suite: str, model: str, dtype: str, tokens: int, arms: Sequence[str], rival: str | None) -> Series:
     """Every arm against the floor."""
-    cases = [Case(arm, arm, options={"rival": rival} if arm == "appendix-a" else {}) for arm in arms if arm != "floor"]
+    wanted = [arm for arm in arms if arm != "floor" and is_for(arm, dtype)]
+    cases = [Case(arm, arm, options={"rival": rival} if arm == "appendix-a" else {}) for arm in wanted]
     return Series("arm", f"{suite}-{dtype}-{tokens}", model, dtype, tokens, tuple(cases))
 
 

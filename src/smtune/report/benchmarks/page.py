@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from smtune.bench.suites import ARMS
+from smtune.bench.suites import ARMS, is_for
 from smtune.models import DTYPES
 from smtune.report.benchmarks import words
 from smtune.report.benchmarks.markdown import Pictures, prose, section, table, verdict
@@ -20,7 +20,17 @@ from smtune.report.benchmarks.question_sections import (
     scoring_section,
     writing_section,
 )
-from smtune.report.benchmarks.records import MIN_PAIRS, WIDE, Record, get, of_kind, spread, step_ratios, suites
+from smtune.report.benchmarks.records import (
+    MIN_PAIRS,
+    WIDE,
+    Record,
+    get,
+    label,
+    of_kind,
+    spread,
+    step_ratios,
+    suites,
+)
 from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, suite_section
 from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, targets
 
@@ -95,8 +105,10 @@ def _not_measured(results: Record) -> str:
     wanted = [f"{model}-{dtype}-{tokens}" for model, tokens in COMPARISONS for dtype in DTYPES]
     texts += [name for name in wanted if measured and name not in measured]
     for name, suite in measured.items():
-        missing = [arm for arm in ARMS if arm not in suite.arms]
+        missing = [arm for arm in ARMS if arm not in suite.arms and is_for(arm, suite.first.get("dtype", ""))]
         texts += [f"{name}: {', '.join(missing)}"] * bool(missing)
+    uncounted = [record for record in results.get("records") or () if record.get("uncounted")]
+    texts += [f"{record.get('suite')}: what is counted of {label(record)}" for record in uncounted]
     return "; ".join(texts) or "–"
 
 
@@ -185,7 +197,7 @@ def _reading() -> str:
         chosen by score crowd in fewer columns.""",
         """Trained tensors are fp32 in all arms but full fine-tuning, which trains the weights in the base's dtype. All
         train by torch's AdamW.""",
-        """There is no autocast. Beside bf16 weights PEFT multiplies LoRA's and DoRA's fp32 factors in fp32, on inputs
-        cast to it; under autocast these products would be of bf16, and faster where the processor multiplies that.""",
+        """There is no autocast but in the arms that say so. Beside bf16 weights PEFT multiplies LoRA's and DoRA's fp32
+        factors in fp32, on inputs cast to it; under autocast these products are of bf16.""",
     )
     return section("## How to read the tables", "\n".join(f"- {prose(item)}" for item in items))

@@ -22,7 +22,7 @@ from smtune.report.benchmarks.records import (
     step,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import ABSENT, RIVALS, compare, memory_parts
+from smtune.report.benchmarks.targets import RIVALS, against, memory_parts
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
@@ -110,8 +110,8 @@ def rivals_section(found: list[Suite]) -> str:
     for name, rivals in RIVALS.items():
         rows = []
         for suite in found:
-            told = [compare(suite.arms.get(name), suite.arms.get(rival)) for rival in rivals]
-            if any(word != ABSENT for _, word in told):
+            told = [against(suite, name, rival) for rival in rivals]
+            if any(estimate for estimate, _ in told):
                 cells = [f"{words.signed(estimate)} " if estimate else "" for estimate, _ in told]
                 rows.append((suite.name, *(cell + verdict(word) for cell, (_, word) in zip(cells, told))))
         of_name = table(("suite", *rivals.values()), rows)

@@ -1,8 +1,8 @@
 """What was promised and what was measured: every target a row, its verdict computed from the records.
 
 A target without a record stays as *not measured*. Comparisons of two arms are three-valued: the 95 % bootstrap
-interval of the difference of medians decides, or does not. Imports `smtune.evaluation.statistics` and the modules
-beside it.
+interval of the difference of medians decides, or does not. Imports `smtune.bench.suites`,
+`smtune.evaluation.statistics` and the modules beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smtune.bench.suites import is_for
 from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks import sweeps, words
 from smtune.report.benchmarks.records import (
@@ -44,6 +45,8 @@ RIVALS = {
         "shira": "SHiRA",
         "supertuning": "Super-tuning",
         "full": "full",
+        "lora-autocast": "LoRA under autocast",
+        "dora-autocast": "DoRA under autocast",
     },
     "smt-4.91": {
         "lora-4.91": "LoRA 4.91 %",
@@ -53,7 +56,8 @@ RIVALS = {
         "full": "full",
     },
 }
-"""By arm of SMT, who has to be slower, and the name it has there: some of the second have fewer parameters."""
+"""By arm of SMT, who has to be slower, and the name it has there: some of the second have fewer parameters. Those under
+autocast are of bf16 alone."""
 EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lora-4.91"}}
 """By arm of SMT, adapters that train as many parameters."""
 ADDITIVE = {"smt-0.84": "smt-additive", "smt-4.91": "smt-additive-4.91"}
@@ -143,6 +147,13 @@ def compare(a: Record | None, b: Record | None) -> tuple[Estimate | None, str]:
     return found, _below(found, 0)
 
 
+def against(suite: Suite, name: str, rival: str) -> tuple[Estimate | None, str]:
+    """`compare` of two arms of a suite; *no target here* of a rival that is none in its dtype."""
+    if not is_for(rival, suite.first.get("dtype", "")):
+        return None, NO_TARGET
+    return compare(suite.arms.get(name), suite.arms.get(rival))
+
+
 def _below(interval: Estimate | None, bound: float) -> str:
     """Whether an interval is below a bound with all it holds; without one nothing can be told."""
     if interval is None:
@@ -218,13 +229,12 @@ def _below_rivals(found: list[Suite]) -> list[Row]:
         what = f"{words.arm(name)}: step below {', '.join(rivals.values())}"
 
         def judge(suite: Suite, name=name, rivals=rivals) -> tuple[str, str]:
-            smt = suite.arms.get(name)
-            verdicts = {shown: compare(smt, suite.arms.get(rival))[1] for rival, shown in rivals.items()}
+            verdicts = {shown: against(suite, name, rival)[1] for rival, shown in rivals.items()}
             by_verdict = {v: [name for name, verdict in verdicts.items() if verdict == v] for v in verdicts.values()}
             order = [verdict for verdict in (MISSED, OPEN, HOLDS, ABSENT) if verdict in by_verdict]
             text = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
-            found = worst(verdicts.values())
-            return text, OPEN if found == HOLDS and ABSENT in by_verdict else found
+            overall = worst(verdicts.values())
+            return text, OPEN if overall == HOLDS and ABSENT in by_verdict else overall
 
         rows += _each(found, "1", what, judge)
     return rows
