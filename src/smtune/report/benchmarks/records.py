@@ -236,7 +236,7 @@ def ratio(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> E
 class Quality:
     """What training by one plan came to, over its runs: mean held-out loss, and items right of all.
 
-    The plan need not be the one that is timed: `blocks` and `score_kept` are its own.
+    The plan need not be the one that is timed: `blocks` and `score_kept`, a mean too, are its own.
     """
 
     held_out_loss: float | None
@@ -255,9 +255,14 @@ def quality(results: Record) -> dict[float, Quality]:
             rows.setdefault(row["max_backward_cost"], []).append(row)
     found = {}
     for cost, of in rows.items():
-        losses = [row["held_out_loss"] for row in of if row.get("held_out_loss") is not None]
         scored = [row for row in of if row.get("right") is not None and row.get("of")]
-        loss = float(np.mean(losses)) if losses else None
         right, items = (sum(row[key] for row in scored) for key in ("right", "of"))
-        found[cost] = Quality(loss, right, items, len(of), of[0].get("blocks"), of[0].get("score_kept"))
+        loss, kept = (_mean(of, key) for key in ("held_out_loss", "score_kept"))
+        found[cost] = Quality(loss, right, items, len(of), of[0].get("blocks"), kept)
     return found
+
+
+def _mean(rows: Iterable[Record], key: str) -> float | None:
+    """Over the rows that have it."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return float(np.mean(values)) if values else None
