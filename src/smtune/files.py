@@ -56,6 +56,12 @@ def not_writable(path: Path) -> str | None:
     return None if os.access(place, os.W_OK) else f"Expected a place that can be written. {place} cannot."
 
 
+def sync_folder(folder: Path) -> None:
+    """`sync` for all that is in a folder, and for itself."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def sync(path: Path) -> None:
     """Have the disk hold a file's content, or a folder's names, before what is written next."""
     handle = os.open(path, os.O_RDONLY)

@@ -23,7 +23,7 @@ def describe(threads: int, device: str) -> dict[str, Any]:
     cpu = _cpu_info()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": threads,
         "memory_bytes": total_memory(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -32,6 +32,11 @@ def describe(threads: int, device: str) -> dict[str, Any]:
         "smtune": smtune.__version__,
         **{package: metadata.version(package) for package in ("torch", "transformers", "peft")},
     }
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_info() -> dict[str, str]:

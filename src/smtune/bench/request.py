@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 from smtune.bench import single, suites
 from smtune.bench.arms import load_rival
-from smtune.bench.machine import describe
+from smtune.bench.machine import cores, describe
 from smtune.bench.process import ChildError
 from smtune.bench.results import Results
 from smtune.bench.run import How, run_series
@@ -68,9 +67,9 @@ def check(request: Request, writable: Sequence[Path]) -> None:
     faults += [f"Expected tokens to be a multiple of 4, the rows of a batch. Got {count}." for count in wrong]
     if request.rounds < 1:
         faults.append(f"Expected at least one round. Got {request.rounds}.")
-    cores = _cores()
-    if request.threads is not None and not 1 <= request.threads <= cores:
-        faults.append(f"Expected from 1 to {cores} threads, the cores here. Got {request.threads}.")
+    here = cores()
+    if request.threads is not None and not 1 <= request.threads <= here:
+        faults.append(f"Expected from 1 to {here} threads, the cores here. Got {request.threads}.")
     if request.device == "cuda" and not torch.cuda.is_available():
         faults.append("Expected a CUDA device here. There is none: use --device cpu.")
     if request.arms is not None and "appendix-a" in request.arms and request.rival is None:
@@ -104,7 +103,7 @@ def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> tu
         command: for the record.
         how: `say` and `tell` of `How`.
     """
-    threads = request.threads or _cores()
+    threads = request.threads or cores()
     results = Results(output, describe(threads, request.device), command)
     rounds = 2 if request.quick else request.rounds
     settings = How(rounds, threads, request.device, **how)
@@ -116,10 +115,6 @@ def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> tu
             faults.append(str(error))
             settings.tell(f"cannot go on here: {error}")
     return results.values, faults
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def jobs(request: Request) -> list[Job]:

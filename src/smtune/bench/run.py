@@ -190,7 +190,7 @@ def _count(series: Series, floor: Case, cases: Sequence[Case], results: Results,
     if of_floor is None or of_floor.get("uncounted"):
         counted = _counted(series, floor, how)
         if of_floor is not None:
-            results.add({key: of_floor[key] for key in of_floor if key != "uncounted"} | counted)
+            results.add(_whole(of_floor, counted))
             how.tell(f"{series.suite}: floor")
         of_floor = counted
     beside = {f"floor_{name}": of_floor[name] for name in BESIDE}
@@ -203,8 +203,13 @@ def _count(series: Series, floor: Case, cases: Sequence[Case], results: Results,
             results.add(record | {"uncounted": str(error)})
             how.tell(f"{series.suite}: {case.name}: timed, but cannot be counted: {error}")
         else:
-            results.add({key: record[key] for key in record if key != "uncounted"} | counted | beside)
+            results.add(_whole(record, counted | beside))
             how.tell(f"{series.suite}: {record['label']}: {median_ratio(record['rounds']):.3f} × floor")
+
+
+def _whole(timed: dict[str, Any], counted: dict[str, Any]) -> dict[str, Any]:
+    """A timed record with what was counted, which it then lacks no more."""
+    return {key: value for key, value in timed.items() if key != "uncounted"} | counted
 
 
 def _counted(series: Series, case: Case, how: How) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from smtune.errors import InputError
-from smtune.files import let_read, not_writable, sync, write_json, write_text
+from smtune.files import let_read, not_writable, sync, sync_folder, write_json, write_text
 from smtune.training.config import TrainConfig, load_config
 
 COMPLETE = "COMPLETE"
@@ -206,11 +206,9 @@ def step_of(checkpoint: Path) -> int:
 def mark_complete(checkpoint: Path) -> None:
     """Put the marker into a checkpoint once all of it is on the disk."""
     files = _sizes(checkpoint)
-    for path in (*checkpoint.rglob("*"), checkpoint):
-        sync(path)
+    sync_folder(checkpoint)
     write_json(checkpoint / COMPLETE, {"files": files})
-    for path in (checkpoint / COMPLETE, checkpoint, checkpoint.parent):
-        sync(path)
+    sync(checkpoint.parent)
 
 
 def _tells_of_full_disk(error: Exception) -> bool:
@@ -285,8 +283,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         fill(temporary)
         let_read(temporary)
-        for file in (*temporary.rglob("*"), temporary):
-            sync(file)
+        sync_folder(temporary)
         temporary.rename(path)
         sync(path.parent)
     except BaseException:
