@@ -80,6 +80,8 @@ def test_an_arm_that_dies_is_recorded_and_the_others_go_on(tmp_path):
     assert by_arm["appendix-a"]["rounds"] == []
     assert by_arm["smt-0.84"]["error"] is None
     assert len(by_arm["smt-0.84"]["rounds"]) == 1
+    assert by_arm["smt-0.84"]["timed_on"] == "shared weights"  # by which the page tells them from older records
+    assert by_arm["floor"]["error"] is None
     assert any("cannot run" in line for line in told)
 
     again = Results(tmp_path / "bench.json", machine, "")

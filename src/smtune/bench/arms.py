@@ -4,8 +4,8 @@ The floor trains nothing: its backward computes dX from the loss down to the out
 adapter on all q, k, v must, and no more.
 
 Arms have as many trained parameters as `smt-0.84` of the same model, but for those that name another share, and
-`dense-v` and `full`. All trained tensors are fp32, whatever the base's dtype, as `smtune train` has them, but for
-`full`, which trains the weights as they are. All train by torch's AdamW with its defaults.
+`dense-v` and full fine-tuning. All trained tensors are fp32, whatever the base's dtype, as `smtune train` has them, but
+for `full`, which trains the weights as they are. All train by torch's AdamW with its defaults.
 """
 
 from __future__ import annotations
@@ -310,8 +310,13 @@ def _dense(label: str, kinds: tuple[str, ...]) -> Builder:
 
 def _full(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
     model.requires_grad_(True)
-    label = "full" if setting.dtype == "float32" else f"full, {setting.dtype} weights"
+    dtype = next(model.parameters()).dtype
+    label = "full" if dtype == torch.float32 else f"full, {setting.dtype} weights"
     return Arm("", label, model, trained=_requiring(model))
+
+
+def _full_autocast(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
+    return _autocast(_full)(model.float(), setting, batch)
 
 
 def _full_offloaded(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
@@ -348,6 +353,7 @@ BUILDERS: dict[str, Builder] = {
     "sift": _sift,
     "appendix-a": _appendix_a,
     "full": _full,
+    "full-autocast": _full_autocast,
 }
 """The arms by name, in the order of the table."""
 

@@ -11,7 +11,7 @@ from smtune.bench.subjects import find_subject
 
 ARMS = (
     "floor control smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
-    "lora-autocast lora-all dora dora-autocast shira supertuning dense-v sift appendix-a full"
+    "lora-autocast lora-all dora dora-autocast shira supertuning dense-v sift appendix-a full full-autocast"
 ).split()
 """The arms of a comparison, in the order of its table."""
 
@@ -25,7 +25,7 @@ SUITES = {
     "write": "blocks written at use against after the step",
     "scoring": "one batch of scoring against the floor and dense gradients",
     "kernels": "ways to compute the block gradient",
-    "table1": "the paper's Table 1 by its protocol",
+    "table1": "the paper's Table 1: means of ten iterations",
     "cost-aware": "plans held to a share of the backward's cost",
 }
 
@@ -155,7 +155,7 @@ def needed_memory(series: Series, case: Case | None) -> int:
     base = subject.params * itemsize
     if case is None:
         return 2 * base + subject.activation_values(series.tokens) * itemsize + (1 << 29)
-    share = {"full": 3.0, "full-cpuadam": 7.0, "control": 0.0}.get(case.arm, 0.4)
+    share = {"full": 3.0, "full-autocast": 8.0, "full-cpuadam": 7.0, "control": 0.0}.get(case.arm, 0.4)
     if case.arm in ("dora", "shira", "supertuning", "dense-v"):
         share = 1.0  # dense matrices of q, k, v beside the base's
     return round(base * share)

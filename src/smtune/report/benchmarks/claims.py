@@ -31,10 +31,13 @@ from smtune.report.benchmarks.records import (
     ratio,
     step_ratios,
     suites,
+    timed_together,
 )
-from smtune.report.benchmarks.targets import ABSENT, EQUAL, HOLDS, MISSED, OPEN, compare
+from smtune.report.benchmarks.targets import ABSENT, EQUAL, HOLDS, MISSED, OPEN, PART, compare
 
 DOES_NOT = "does not"
+NOT_HERE = "not to be judged here"
+"""Of claims about GPUs, where none was measured."""
 SLACK = 1.1
 """Cut to the trained share means to at most this multiple of it."""
 CLAIMED = 0.005
@@ -81,8 +84,13 @@ class Row:
 # -- costs as shares of full fine-tuning's ----------------------------------------------------------------------------
 
 
+def full_arm(suite: Suite) -> str:
+    """Full fine-tuning with fp32 weights, as all arms train: over a model in bf16 that is the one under autocast."""
+    return "full" if suite.first.get("dtype") == "float32" else "full-autocast"
+
+
 def _weight_gradient_flops(suite: Suite, arm: str) -> float | None:
-    full, sift = (beyond_floor(suite, name, "flops", "backward") for name in ("full", "sift"))
+    full, sift = (beyond_floor(suite, name, "flops", "backward") for name in (full_arm(suite), "sift"))
     layers = suite.first.get("layers")
     if full is None or sift is None or not layers:
         return None
@@ -96,12 +104,12 @@ def _saved_of_qkv(suite: Suite, arm: str) -> float | None:
 
 
 def _saved_in_all(suite: Suite, arm: str) -> float | None:
-    return over(get(suite.arms.get(arm), "saved_bytes"), get(suite.arms.get("full"), "saved_bytes"))
+    return over(*(get(suite.arms.get(name), "saved_bytes") for name in (arm, full_arm(suite))))
 
 
 def _state(key: str) -> Callable[[Suite, str], float | None]:
     def value(suite: Suite, arm: str) -> float | None:
-        return over(get(suite.arms.get(arm), "state_bytes", key), get(suite.arms.get("full"), "state_bytes", key))
+        return over(*(get(suite.arms.get(name), "state_bytes", key) for name in (arm, full_arm(suite))))
 
     return value
 
@@ -112,10 +120,11 @@ def _timed(
     """`value` and `interval` of a part of the step: `of` an arm's record, its times by pairs."""
 
     def value(suite: Suite, arm: str) -> float | None:
-        return over(*(median(of(suite.arms.get(name), part)) for name in (arm, "full")))
+        return over(*(median(of(suite.arms.get(name), part)) for name in (arm, full_arm(suite))))
 
     def interval(suite: Suite, arm: str) -> Estimate | None:
-        return ratio(*(of(suite.arms.get(name), part) for name in (arm, "full")))
+        mine, full = (suite.arms.get(name) for name in (arm, full_arm(suite)))
+        return ratio(of(mine, part), of(full, part)) if timed_together(mine) and timed_together(full) else None
 
     return value, interval
 
@@ -192,7 +201,7 @@ def _verdict(conditions: list[bool]) -> str:
 
 
 def _worst(verdicts: list[str]) -> str:
-    return next((verdict for verdict in (DOES_NOT, OPEN, HOLDS) if verdict in verdicts), ABSENT)
+    return next((verdict for verdict in (DOES_NOT, OPEN, PART, HOLDS) if verdict in verdicts), ABSENT)
 
 
 # -- the other claims --------------------------------------------------------------------------------------------------
@@ -218,12 +227,13 @@ CUT = "reducing the GPU memory footprint by 67% compared to FT"
 def other_rows(results: Record) -> list[OtherRow]:
     """Speed, memory and forward cost, a row for every suite that can judge the claim."""
     found = [suite for suite in suites(results) if suite.is_7b()] or suites(results)
+    has_gpu = bool(get(results, "machine", "gpu"))
     claimed = (
-        (SPEED, "§3.3", _speedup, _table1_speedups(results)),
+        (SPEED, "§3.3", _speedup(has_gpu), _table1_speedups(results, has_gpu)),
         (SPEED, "§3.3", _faster, []),
         (FORWARD, "§3.3", _forward, []),
         (LOWER, "§3.3", _lower, []),
-        (CUT, "abstract", _memory_cut, []),
+        (CUT, "abstract", _memory_cut(has_gpu), []),
     )
     rows = []
     for quote, source, judge, more in claimed:
@@ -233,23 +243,31 @@ def other_rows(results: Record) -> list[OtherRow]:
     return rows
 
 
-def _speedup(suite: Suite) -> tuple[str, str]:
-    times = over(median(step_ratios(suite.arms.get("full"))), median(step_ratios(suite.arms.get("smt-1.26"))))
-    return ("", ABSENT) if times is None else _times_of_full(times)
+Judge = Callable[[Suite], tuple[str, str]]
 
 
-def _times_of_full(times: float) -> tuple[str, str]:
-    return f"SMT 1.26 %: {times:.2f}× as fast as full", _verdict([times >= SPEEDUP])
+def _speedup(has_gpu: bool) -> Judge:
+    def judge(suite: Suite) -> tuple[str, str]:
+        steps = (median(step_ratios(suite.arms.get(name))) for name in (full_arm(suite), "smt-1.26"))
+        times = over(*steps)
+        return ("", ABSENT) if times is None else _times_of_full(times, has_gpu)
+
+    return judge
 
 
-def _table1_speedups(results: Record) -> list[tuple[str, str, str]]:
+def _times_of_full(times: float, has_gpu: bool) -> tuple[str, str]:
+    """The paper's is of GPUs whose full fine-tuning has its states in the CPU's memory."""
+    return f"SMT 1.26 %: {times:.2f}× as fast as full", _verdict([times >= SPEEDUP]) if has_gpu else NOT_HERE
+
+
+def _table1_speedups(results: Record, has_gpu: bool) -> list[tuple[str, str, str]]:
     rows = []
     for suite, arms in table1_suites(results).items():
         mine = table1_seconds(arms.get("smt-1.26"))
         for name, how in (("full", "not offloaded"), ("full-cpuadam", "DeepSpeed's CPUAdam")):
             times = over(table1_seconds(arms.get(name)), mine)
             if times is not None:
-                rows.append((f"{suite}, full {how}", *_times_of_full(times)))
+                rows.append((f"{suite}, full {how}", *_times_of_full(times, has_gpu)))
     return rows
 
 
@@ -263,9 +281,8 @@ def _faster(suite: Suite) -> tuple[str, str]:
             told = compare(suite.arms.get(USUAL), suite.arms.get(rival))[1]
             verdicts.append(DOES_NOT if told == MISSED else told)
     if len(verdicts) < 2 and HOLDS in verdicts:
-        return f"{texts[0]}; the other was not measured", OPEN
-    worst = next((verdict for verdict in (DOES_NOT, OPEN, HOLDS) if verdict in verdicts), ABSENT)
-    return "; ".join(texts), worst
+        return f"{texts[0]}; the other was not measured", PART
+    return "; ".join(texts), _worst(verdicts)
 
 
 def _forward(suite: Suite) -> tuple[str, str]:
@@ -277,6 +294,7 @@ def _forward(suite: Suite) -> tuple[str, str]:
 
 def _lower(suite: Suite) -> tuple[str, str]:
     texts, lower = [], []
+    measured = {name for equal in EQUAL.values() for name, arm in equal.items() if ran(suite.arms.get(arm))}
     for smt, equal in EQUAL.items():
         arms = {"SMT": smt, **equal}
         peaks = {name: peak for name, arm in arms.items() if (peak := get(suite.arms.get(arm), "peak_tensor_bytes"))}
@@ -284,16 +302,22 @@ def _lower(suite: Suite) -> tuple[str, str]:
             budget = words.arm(smt).removeprefix("SMT ")
             texts.append(f"{budget}: " + ", ".join(f"{name} {words.size(peak)}" for name, peak in peaks.items()))
             lower += [peaks["SMT"] < peak for name, peak in peaks.items() if name != "SMT"]
-    return (f"counted peak at {'; at '.join(texts)}", _verdict(lower)) if texts else ("", ABSENT)
+    if not texts:
+        return "", ABSENT
+    verdict = _verdict(lower)
+    in_part = verdict == HOLDS and measured < {"LoRA", "DoRA"}
+    return f"counted peak at {'; at '.join(texts)}", PART if in_part else verdict
 
 
-def _memory_cut(suite: Suite) -> tuple[str, str]:
-    kept = over(get(suite.arms.get(USUAL), "peak_tensor_bytes"), get(suite.arms.get("full"), "peak_tensor_bytes"))
-    return (
-        ("", ABSENT)
-        if kept is None
-        else (f"by {words.percent(1 - kept)} (counted peak)", _verdict([1 - kept >= MEMORY_CUT]))
-    )
+def _memory_cut(has_gpu: bool) -> Judge:
+    def judge(suite: Suite) -> tuple[str, str]:
+        kept = over(*(get(suite.arms.get(name), "peak_tensor_bytes") for name in (USUAL, full_arm(suite))))
+        if kept is None:
+            return "", ABSENT
+        verdict = _verdict([1 - kept >= MEMORY_CUT]) if has_gpu else NOT_HERE
+        return f"by {words.percent(1 - kept)} (counted peak)", verdict
+
+    return judge
 
 
 def table1_suites(results: Record) -> dict[str, dict[str, Record]]:

@@ -11,7 +11,7 @@ from collections import Counter
 from smtune.bench.suites import ARMS, is_for
 from smtune.models import DTYPES
 from smtune.report.benchmarks import words
-from smtune.report.benchmarks.markdown import Pictures, prose, section, table, verdict
+from smtune.report.benchmarks.markdown import Pictures, bullets, prose, section, table, verdict
 from smtune.report.benchmarks.paper_sections import claims_section, table1_section
 from smtune.report.benchmarks.question_sections import (
     cost_aware_section,
@@ -32,7 +32,7 @@ from smtune.report.benchmarks.records import (
     suites,
 )
 from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, suite_section
-from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, targets
+from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, PART, reasons, targets
 
 KINDS = {
     "arm": "arms side by side",
@@ -66,6 +66,7 @@ def page(results: Record, pictures: Pictures) -> str:
         scoring_section(results),
         writing_section(results),
         kernels_section(results),
+        _commands(results),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -78,7 +79,6 @@ def _measured(results: Record) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in packages if machine.get(name))
     memory = words.size(machine.get("memory_bytes"))
     rows = [
-        ("command", "<br>".join(f"`{line}`" for line in results.get("command", words.DASH).splitlines())),
         ("started", results.get("started", words.DASH)),
         ("processor", f"{machine.get('cpu', words.DASH)}{features}, {cores}, {memory} of memory"),
         ("GPU", machine.get("gpu") or "none"),
@@ -92,6 +92,11 @@ def _measured(results: Record) -> str:
     of SMT costs is held against the *floor*, and against what a user would pick instead. The floor is a frozen
     model's forward, and the gradient of its activations down to the lowest adapted layer: what any adapter pays."""
     return section("# Benchmarks", prose(text), table(("", ""), rows))
+
+
+def _commands(results: Record) -> str:
+    lines = results.get("command", "").splitlines()
+    return section("## Commands", "```\n" + "\n".join(lines) + "\n```") if lines else ""
 
 
 def _not_measured(results: Record) -> str:
@@ -159,17 +164,18 @@ def _spreads(results: Record) -> str:
 def _targets(results: Record) -> str:
     rows = targets(results)
     counts = Counter(row.verdict for row in rows)
-    judged = [word for word in (HOLDS, MISSED, OPEN, ABSENT) if counts[word]]
+    judged = [word for word in (HOLDS, PART, MISSED, OPEN, ABSENT) if counts[word]]
     summary = ", ".join(f"{counts[word]} {verdict(word)}" for word in judged)
     text = f"""{sum(counts[word] for word in judged)} rows: {summary}. The number is the issue's, of which item 5 has a
     section of its own, *The paper's cost claims*; *design* is a number of the design's contract. Step times and
     scoring are judged by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference
     of their medians of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are
-    *{OPEN}*. An exponent holds, or is missed, with all of its interval. Counts are compared as they are, and
-    so is memory, but for the process's: what differs by less than two floors is not told apart."""
+    *{OPEN}*, and so are arms that were not timed in one process with their floor. An exponent holds, or is
+    missed, with all of its interval. Counts are compared as they are, and so is memory, but for the process's: what
+    differs by no more than two floors is not told apart. *{PART}*: some of the rivals were not measured."""
     heads = ("from", "target", "where", "measured", "verdict")
     shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
-    return section("## Targets", prose(text), table(heads, shown))
+    return section("## Targets", prose(text), table(heads, shown), bullets("Why some are missed:", reasons(rows)))
 
 
 def _reading() -> str:
@@ -179,8 +185,8 @@ def _reading() -> str:
         over the whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the
         median; what differs by less is not told apart.""",
         """**pairs**: arms of a suite that have different numbers of them are of different runs, those of the commands
-        above, each over the floor of its own run. Of an arm that was measured anew, such as with more pairs, the last
-        run is kept.""",
+        at the end, each over the floor of its own run. Of an arm that was measured anew, such as with more pairs, the
+        last run is kept; *measured* is its day and commit.""",
         """**SMT 0.43 % to 4.91 %** are shares of LLaMA-7B. On other models these arms train the same share of the
         blocks of q, k and v.""",
         """**FLOPs / floor**: counted; products of matrices only.""",
@@ -195,9 +201,9 @@ def _reading() -> str:
         those of published models; SMT's copy of the base's blocks then takes 2 bytes each, in a model of fp32 too.""",
         """Blocks stand at random places, as many in every layer: the worst case for what is saved, since blocks
         chosen by score crowd in fewer columns.""",
-        """Trained tensors are fp32 in all arms but full fine-tuning, which trains the weights in the base's dtype. All
-        train by torch's AdamW.""",
+        """Trained tensors are fp32 in all arms but *full, bfloat16 weights*. All train by torch's AdamW.""",
         """There is no autocast but in the arms that say so. Beside bf16 weights PEFT multiplies LoRA's and DoRA's fp32
-        factors in fp32, on inputs cast to it; under autocast these products are of bf16.""",
+        factors in fp32, on inputs cast to it; under autocast these products are of bf16. Full fine-tuning under
+        autocast has fp32 weights, gradients and states.""",
     )
     return section("## How to read the tables", "\n".join(f"- {prose(item)}" for item in items))

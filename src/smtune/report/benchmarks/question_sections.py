@@ -52,10 +52,30 @@ def growth_section(results: Record, pictures: Pictures) -> str:
     has its own floor, which ends where the blocks end."""
     parts = [
         table(("against", "dtype", "time of", "exponent", "target"), rows),
+        table(
+            ("against", "dtype", "model", "tokens", "block size", "trained parameters", "pairs a point"),
+            _settings(results),
+        ),
         *(image(pictures, f"sweep {name}", f"Time against {axis.name}") for name, axis in sweeps.AXES.items()),
         _failed(results, "sweep", ("sweep", "value", "dtype")),
     ]
     return section("## How time grows", prose(text), *parts) if any(parts) else ""
+
+
+def _settings(results: Record) -> list[list[str]]:
+    """What each sweep was measured on; what it varies has several values."""
+    rows = []
+    for sweep, axis in sweeps.AXES.items():
+        for dtype in dict.fromkeys(record.get("dtype", "") for record in of_kind(results, "sweep")):
+            found = [r for r in of_kind(results, "sweep") if (r.get("sweep"), r.get("dtype")) == (sweep, dtype)]
+            found = [record for record in found if step_ratios(record).size]
+            values = [
+                [record.get(key) for record in found] for key in ("model", "tokens", "block_size", "trained_params")
+            ]
+            values.append([len(step_ratios(record)) for record in found])
+            cells = [", ".join(dict.fromkeys(str(value) for value in of if value is not None)) for of in values]
+            rows += [[axis.name, dtype, *cells]] * bool(found)
+    return rows
 
 
 def _failed(results: Record, kind: str, keys: tuple[str, ...]) -> str:

@@ -148,6 +148,14 @@ def step(parts: Mapping[str, float]) -> float:
     return sum(parts.get(part) or 0.0 for part in PARTS)
 
 
+def timed_together(record: Record | None) -> bool:
+    """Whether its steps were timed in one process with its floor's, on the same weights.
+
+    Equal steps in processes of their own differ by up to a tenth, whatever the intervals say (ADR 0021).
+    """
+    return bool(get(record, "timed_on"))
+
+
 def all_flops(record: Record | None) -> float | None:
     """Counted FLOPs of forward and backward."""
     parts = [get(record, "flops", part) for part in ("forward", "backward")]

@@ -22,7 +22,7 @@ from smtune.report.benchmarks.records import (
     step,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import RIVALS, against, memory_parts
+from smtune.report.benchmarks.targets import OTHERS, RIVALS, against, memory_parts
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
@@ -69,8 +69,10 @@ def _times(suite: Suite) -> str:
         row.append(f"{ratios} **wide**" if found and found.wide else ratios)
         row += [words.ratio(median(part_ratios(arm, part))) for part in PARTS]
         floor_flops = all_flops({"flops": arm.get("floor_flops")}) or all_flops(suite.floor)
-        rows.append([*row, words.ratio(over(all_flops(arm), floor_flops)), words.count(found.n if found else None)])
-    return table(("arm", "trained", "share", "step / floor", *PARTS, "FLOPs / floor", "pairs"), rows)
+        row += [words.ratio(over(all_flops(arm), floor_flops)), words.count(found.n if found else None)]
+        run = [value for key in ("date", "commit") if (value := get(arm, "run", key))]
+        rows.append([*row, ", ".join(run) or words.DASH])
+    return table(("arm", "trained", "share", "step / floor", *PARTS, "FLOPs / floor", "pairs", "measured"), rows)
 
 
 def _bytes(suite: Suite) -> str:
@@ -108,6 +110,7 @@ def rivals_section(found: list[Suite]) -> str:
     """SMT's step less each rival's, in every suite."""
     tables = []
     for name, rivals in RIVALS.items():
+        rivals = rivals | (OTHERS if name == "smt-0.84" else {})
         rows = []
         for suite in found:
             told = [against(suite, name, rival) for rival in rivals]

@@ -24,6 +24,7 @@ from smtune.report.benchmarks.records import (
     ran,
     resampled_medians,
     step,
+    timed_together,
 )
 
 MIN_POINTS = 3
@@ -97,12 +98,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one sweep of one arm in one dtype, by ascending x."""
+    """The points of one sweep of one arm in one dtype, by ascending x; whether all were timed together with their floor."""
 
     sweep: str
     dtype: str
     arm: str
     points: list[Point]
+    together: bool = True
 
     @property
     def axis(self) -> Axis:
@@ -135,7 +137,10 @@ def series(results: Record) -> list[Series]:
         if record.get("sweep") in AXES and record.get("arm") != FLOOR and ran(record) and pairs(record):
             found.setdefault((record["sweep"], record.get("dtype", ""), record.get("arm", "")), []).append(record)
     ordered = sorted(found.items(), key=lambda item: list(AXES).index(item[0][0]))
-    return [Series(sweep, dtype, arm, _points(sweep, group)) for (sweep, dtype, arm), group in ordered]
+    return [
+        Series(sweep, dtype, arm, _points(sweep, group), all(map(timed_together, group)))
+        for (sweep, dtype, arm), group in ordered
+    ]
 
 
 def _points(sweep: str, group: list[Record]) -> list[Point]:
