@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import peft
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 import smtune
 from smtune import InputError
 from smtune.models import load_model, load_tokenizer
-from smtune.training import dry_run, load_config, lock, read_metrics, run, select_plan, train
+from smtune.training import callbacks, dry_run, load_config, lock, read_metrics, run, select_plan, train, trainer
 from smtune.training.folder import COMPLETE, RunFolder
 from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
@@ -322,15 +323,69 @@ def test_another_number_of_processes_is_another_run(configure, quiet):
     with pytest.raises(Stop):
         train(config, console=quiet, callbacks=[StopAt(4)])
     folder = RunFolder(config.output)
-    message = r"processes that .*run was started with, 1: a step takes rows for each\. Got 2: start 1, or choose"
+    message = r"processes that made the checkpoints in .*run, 1: a step takes rows for each\. Got 2: start 1, or choose"
     with pytest.raises(InputError, match=message):
         dry_run(config, resume=True, processes=2)
     started = json.loads(folder.environment.read_text())
     folder.environment.write_text(json.dumps(started | {"processes": 2}))
-    with pytest.raises(InputError, match="started with, 2"):
+    with pytest.raises(InputError, match=r"checkpoints in .*run, 2"):
         train(config, resume=True, console=quiet)
-    folder.environment.write_text(json.dumps(started))
+    # Started on two, stopped before there was a checkpoint, and resumed on one.
+    folder.environment.write_text(json.dumps(started | {"processes": 2, "resumed": [started | {"step": 0}]}))
+    with pytest.raises(InputError, match=message):
+        dry_run(config, resume=True, processes=2)
     assert train(config, resume=True, console=quiet).steps == STEPS
+
+
+def test_deepspeed_without_a_launcher_is_told_first(configure, quiet, monkeypatch):
+    monkeypatch.setattr(trainer, "find_spec", lambda name: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    config = configure("training.deepspeed={}", method="lora")
+    assert dry_run(config, processes=1).steps == STEPS
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_load_data", lambda config: pytest.fail("went on"))
+        patch.setattr(run, "training_arguments", lambda *args: pytest.fail("went on"))
+        for start in (dry_run, partial(train, console=quiet)):
+            with pytest.raises(InputError, match=r"training\.deepspeed: expected a launcher.*Got none.*--nproc 1"):
+                start(config)
+        patch.setenv("LOCAL_RANK", "0")
+        trainer.check_engine(config)
+    result = train(configure(method="lora"), console=quiet)
+    RunFolder(result.folder).config.write_text(config.resolved().to_yaml())
+    assert train(config, resume=True, console=quiet) == result  # finished: nothing is to be started
+
+
+def test_metrics_are_on_the_disk_before_their_checkpoint_is_complete(configure, quiet, monkeypatch):
+    config = configure(method="lora")
+    folder = RunFolder(config.output)
+    on_disk, seen = {}, []
+
+    def fsync(handle, original=os.fsync):
+        original(handle)
+        for path in (folder.metrics, folder.path):  # what is in the file, and its name
+            if folder.metrics.is_file() and os.path.samestat(os.fstat(handle), path.stat()):
+                on_disk[path] = [event["step"] for event in read_metrics(folder.metrics)]
+
+    def mark_complete(checkpoint, original=callbacks.mark_complete):
+        seen.append((checkpoint.name, on_disk.get(folder.metrics), on_disk.get(folder.path)))
+        original(checkpoint)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(callbacks, "mark_complete", mark_complete)
+    train(config, console=quiet)
+    assert seen == [("checkpoint-3", [3], [3]), ("checkpoint-6", [3, 6], [3, 6])]
+    assert on_disk[folder.metrics] == [3, 6, 8]
+
+
+def test_metrics_that_are_lost_are_remarked(configure, capsys):
+    config = configure(method="lora")
+    console = Console(width=200)
+    with pytest.raises(Stop):
+        train(config, console=console, callbacks=[StopAt(7)])
+    folder = RunFolder(config.output)
+    folder.metrics.write_text(folder.metrics.read_text().splitlines(keepends=True)[0])
+    assert train(config, resume=True, console=console).steps == STEPS
+    assert "metrics.jsonl ends at step 3, and the checkpoint is of step 6: the losses" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Training: a YAML configuration, Hugging Face's Trainer, and a run folder that can be resumed.
 
-    config = load_config("examples/arithmetic.yaml", ["method=lora"])
+    config = load_config("examples/smollm2-arithmetic.yaml", ["method=lora"])
     print(dry_run(config))
     result = train(config)
 

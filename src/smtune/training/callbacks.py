@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smtune.errors import InputError
-from smtune.training.folder import list_checkpoints, mark_complete, read_metrics
+from smtune.training.folder import RunFolder, list_checkpoints, mark_complete, read_metrics
 
 
 class Checkpoints(TrainerCallback):
@@ -28,7 +28,8 @@ class Checkpoints(TrainerCallback):
     The last step needs none: what was trained is saved right after it.
     """
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, run: RunFolder, keep: int) -> None:
+        self.run = run
         self.keep = keep
 
     def on_step_end(
@@ -47,6 +48,7 @@ class Checkpoints(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(args.output_dir or "")
+        self.run.sync_metrics()  # resuming takes the time and the losses before a checkpoint from them
         mark_complete(folder / f"checkpoint-{state.global_step}")
         for checkpoint in list_checkpoints(folder)[: -self.keep]:
             shutil.rmtree(checkpoint)

@@ -117,11 +117,13 @@ class RunFolder:
     def _check_processes(self, now: int) -> None:
         if self.is_finished or not list_checkpoints(self.checkpoints) or not self.environment.is_file():
             return
-        before = read_record(self.environment).get("processes", now)
+        started = read_record(self.environment)
+        last = [started, *started.get("resumed", [])][-1]  # from the first checkpoint on, all are as many
+        before = last.get("processes", now)
         if before != now:
             raise InputError(
-                f"Expected the number of processes that {self.path} was started with, {before}: a step takes rows for "
-                f"each. Got {now}: start {before}, or choose another output."
+                f"Expected the number of processes that made the checkpoints in {self.path}, {before}: a step takes "
+                f"rows for each. Got {now}: start {before}, or choose another output."
             )
 
     def last_checkpoint(self, tell: Callable[[str], object] = lambda text: None) -> Path | None:
@@ -177,11 +179,28 @@ class RunFolder:
                 "--resume."
             ) from error
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines behind a step, and one that a kill cut short: the steps will be trained again."""
+    def sync_metrics(self) -> None:
+        """Have the disk hold the metrics, if there are any yet, before what is written next."""
+        if self.metrics.is_file():
+            sync(self.metrics)
+            sync(self.path)
+
+    def cut_metrics(self, step: int, tell: Callable[[str], object] = lambda text: None) -> None:
+        """Drop the lines behind a step, and one that a kill cut short: the steps will be trained again.
+
+        Args:
+            tell: called with a sentence if lines up to the step are missing.
+        """
+        kept = []
         if self.metrics.is_file():
             kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
             write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        last = kept[-1]["step"] if kept else 0
+        if last < step:
+            tell(
+                f"Warning: {self.metrics.name} ends at step {last}, and the checkpoint is of step {step}: the losses "
+                f"and seconds between are lost, and {self.result.name} goes without them."
+            )
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

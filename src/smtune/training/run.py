@@ -146,11 +146,11 @@ def train(
     console = console or Console(stderr=True)
     folder = RunFolder(config.output)
     check_trackers(config)
-    check_engine(config)
     if folder.is_finished or folder.path.is_file():
         folder.check_start(config, resume, PartialState().num_processes)
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return read_result(folder, config)
+    check_engine(config)
     arguments = training_arguments(config, folder)
     with locked(folder.path) if PartialState().is_main_process else nullcontext():
         folder.check_start(config, resume, PartialState().num_processes)
@@ -195,7 +195,7 @@ def _train(
         model = wrap(model, config, None)
     PartialState().wait_for_everyone()  # every process has looked at the folder as it was
     if is_main:
-        _write_start(folder, config, data_record, arguments, checkpoint)
+        _write_start(folder, config, data_record, arguments, checkpoint, console)
     PartialState().wait_for_everyone()
 
     if config.method == "smt":
@@ -220,7 +220,7 @@ def _train(
         args=arguments,
         train_dataset=dataset.select_columns(["input_ids", "labels"]),
         data_collator=collator,
-        callbacks=[Checkpoints(config.training.keep_checkpoints), metrics, progress, *callbacks],
+        callbacks=[Checkpoints(folder, config.training.keep_checkpoints), metrics, progress, *callbacks],
     )
     trainer.lengths = list(dataset["length"]) if config.training.group_by_length else None
     trainer.remove_callback(PrinterCallback)
@@ -236,6 +236,7 @@ def _train(
     if is_main:
         numbers = dataclasses.asdict(result)
         del numbers["folder"], numbers["trained"]  # the folder may be moved
+        folder.sync_metrics()
         write_json(folder.result, numbers)
     PartialState().wait_for_everyone()
     return result
@@ -274,9 +275,9 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     """
     config = config.resolved()
     folder = RunFolder(config.output)
-    processes = processes or PartialState().num_processes
     check_trackers(config)
     check_engine(config, processes)
+    processes = processes or PartialState().num_processes
     folder.check_start(config, resume, processes)
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
@@ -430,6 +431,7 @@ def _write_start(
     data_record: dict[str, Any],
     arguments: TrainingArguments,
     checkpoint: Path | None,
+    console: Console,
 ) -> None:
     """Write what is known before training; on resuming, add to the environment and forget metrics to be made again."""
     if not folder.holds_work:
@@ -445,7 +447,7 @@ def _write_start(
         write_json(folder.environment, before)
     else:
         write_json(folder.environment, environment | {"model": identity(config.model)})
-    folder.cut_metrics(step)
+    folder.cut_metrics(step, partial(_say, console))
 
 
 def _say(console: Console, text: str) -> None:

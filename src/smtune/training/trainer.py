@@ -31,7 +31,11 @@ from smtune.training.folder import RunFolder
 
 
 def check_engine(config: TrainConfig, processes: int | None = None) -> None:
-    """Raises InputError for an engine that is not installed, whose file is missing, or that has nothing to share."""
+    """Raises InputError for an engine that is not installed, whose file is missing, or that cannot start.
+
+    Args:
+        processes: that a launcher would start. None: train in this one, and in those that were started with it.
+    """
     deepspeed, fsdp = config.training.deepspeed, config.training.fsdp
     if deepspeed is not None and find_spec("deepspeed") is None:
         raise InputError(
@@ -39,6 +43,11 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
         )
     if isinstance(deepspeed, str):
         _read_engine_file(deepspeed)
+    if deepspeed is not None and processes is None and "LOCAL_RANK" not in os.environ:
+        raise InputError(
+            "training.deepspeed: expected a launcher, which one process needs, too. Got none: start it with --nproc 1 "
+            "or more, torchrun or accelerate launch, or leave it out."
+        )
     if fsdp is not None and (processes or int(os.environ.get("WORLD_SIZE", 1))) < 2:
         raise InputError(
             "training.fsdp: expected several processes to shard the model over. Got one: start them with --nproc, "
