@@ -18,7 +18,8 @@ from smtune.models import load_model, load_tokenizer
 
 
 def main(model: str = "smollm2-135m", data: str = "arithmetic", output: str = "runs/accelerate", steps: int = 30):
-    accelerator = Accelerator(gradient_accumulation_steps=2)
+    # Processes on CPUs are one run only where Accelerate is told so.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=2)
     tokenizer = load_tokenizer(model)
     rows, report = prepare(data, tokenizer, max_length=256)
     base = load_model(model, device=accelerator.device)  # in fp32, as what is trained

@@ -42,7 +42,10 @@ def main(model: str = "smollm2-135m", data: str = "arithmetic", output: str = "r
     smt = peft.get_peft_model(base, config.with_plan(plan)).train()
     smt.print_trainable_parameters()
 
-    trainer = lightning.Trainer(max_steps=steps, gradient_clip_val=1.0, default_root_dir=output, log_every_n_steps=1)
+    # On several devices Lightning runs this file once for each: make the plan before, in one process, and load it here.
+    trainer = lightning.Trainer(
+        devices=1, max_steps=steps, gradient_clip_val=1.0, default_root_dir=output, log_every_n_steps=1
+    )
     trainer.fit(FineTuning(smt), DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collate))
     smt.save_pretrained(output)
     print(f"Wrote {output}. As a plain model: smtune merge {output} merged/")

@@ -9,6 +9,7 @@ import peft
 import torch
 import typer
 from datasets import Dataset
+from peft.functional import cast_adapter_dtype
 from trl import DPOConfig, DPOTrainer
 
 import smtune
@@ -45,6 +46,7 @@ def main(
 
     arguments = DPOConfig(output, learning_rate=1e-3, max_steps=steps, max_length=256, bf16=torch.cuda.is_available())
     trainer = DPOTrainer(policy, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
+    cast_adapter_dtype(trainer.model, "default")  # to fp32, where TRL has made blocks bf16: on a base of bitsandbytes
     trainer.train()
     trainer.save_model(output)
     print(f"Wrote {output}. As a plain model: smtune merge {output} merged/")

@@ -7,6 +7,7 @@ python examples/trl_sft.py --model meta-llama/Llama-3.2-1B --data rows.jsonl    
 import torch
 import typer
 from datasets import Dataset
+from peft.functional import cast_adapter_dtype
 from trl import SFTConfig, SFTTrainer
 
 import smtune
@@ -46,6 +47,7 @@ def main(model: str = "smollm2-135m", data: str | None = None, output: str = "ru
         peft_config=config.with_plan(plan),  # or model=peft.get_peft_model(base, config.with_plan(plan)), without this
     )
     trainer.model.print_trainable_parameters()
+    cast_adapter_dtype(trainer.model, "default")  # to fp32, where TRL has made blocks bf16: on a base of bitsandbytes
     trainer.train()
     trainer.save_model(output)
     print(f"Wrote {output}. As a plain model: smtune merge {output} merged/")

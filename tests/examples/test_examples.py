@@ -238,6 +238,18 @@ def test_lightning_resumes_to_the_same_bits(base, rows, tmp_path):
     assert all(block.abs().max() > 1e-4 for block in blocks(whole).values())
 
 
+@needs_lightning
+@pytest.mark.filterwarnings("ignore:.*tensorboardX.*:UserWarning")
+def test_the_lightning_example_takes_one_device_of_several(base, rows, tmp_path, monkeypatch):
+    import lightning
+    from lightning.pytorch.accelerators import CPUAccelerator
+
+    monkeypatch.setattr(CPUAccelerator, "auto_device_count", staticmethod(lambda: 2))
+    monkeypatch.setattr(lightning.Trainer, "fit", lambda *args: None)
+    _, trainer = load_example("lightning_module").main(base, rows, str(tmp_path), STEPS)
+    assert trainer.num_devices == 1
+
+
 # Hugging Face's Trainer -----------------------------------------------------------------------------------------------
 
 
@@ -289,6 +301,37 @@ def test_sft_trainer_takes_a_ready_model_as_it_takes_a_configuration(base, rows,
     ready.train()
     assert record.losses == losses
     assert_equal_blocks(ready.model, given.model)
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ["trl_sft", "trl_dpo"])
+def test_trl_trains_fp32_blocks_on_a_base_of_bitsandbytes(base, rows, pairs, tmp_path, record, name):
+    pytest.importorskip("bitsandbytes")
+    quantised = str(tmp_path / "base")
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    transformers.AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=four_bits, dtype=torch.float32
+    ).save_pretrained(quantised)
+    load_tokenizer(base).save_pretrained(quantised)
+
+    example = load_example(name)
+    cast, before = example.cast_adapter_dtype, set()
+
+    def recording_cast(model, adapter_name):
+        before.update(block.dtype for block in blocks(model).values())
+        cast(model, adapter_name)
+
+    example.cast_adapter_dtype = recording_cast
+    given = [rows] if name == "trl_sft" else [pairs, None]
+    trainer = example.main(quantised, *given, str(tmp_path / "out"), STEPS)
+    assert before == {torch.bfloat16}  # if TRL leaves them alone, docs/trainers.md has a section too many
+    assert {block.dtype for block in blocks(trainer.model).values()} == {torch.float32}
+
+    same = fresh(quantised, record.plan)
+    reference = fresh(quantised, record.plan)  # blocks of zero: the base, which packs no weights beside them
+    loss_of = language_loss if name == "trl_sft" else partial(preference_loss, reference)
+    losses = twin(same, [[batch] for batch in record.inputs], loss_of)
+    assert_same(record.losses, trainer.model, losses, same, NEAR_EPSILON)
 
 
 @needs_trl
@@ -436,7 +479,7 @@ def test_accelerate_loop_over_two_processes(base, rows, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = {"model": base, "data": rows, "steps": "2", "output": str(tmp_path / "out")}
     command = [*launch, EXAMPLES / "accelerate_loop.py", *(f"--{name}={value}" for name, value in options.items())]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote") == 1  # by the main process

@@ -165,6 +165,23 @@ def test_conversations_have_loss_on_every_assistant_turn_and_its_end(tokenizer):
     assert trained(tokenizer, row) == "".join(text if loss else "·" * length(text) for text, loss in expected)
 
 
+def test_a_key_that_a_message_lacks_does_not_reach_the_template_as_null(tokenizer, tmp_path, monkeypatch):
+    calling = chat(("user", "q"), ("assistant", "a"))
+    calling["messages"][1]["tool_calls"] = [{"name": "f"}]
+    datasets.Dataset.from_list([calling]).to_parquet(tmp_path / "d.parquet")
+    (record,) = read_records(tmp_path / "d.parquet")
+    assert record.fields["messages"][0]["tool_calls"] is None
+    given = []
+
+    def render(messages, **options):  # in place of transformers', which leaves nulls out in newer releases
+        given[:] = messages
+        return "".join(message["content"] for message in messages)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", render)
+    to_example(record, tokenizer)
+    assert given == calling["messages"]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
     message = error_of(prepare, [chat(("user", "q"), ("assistant", "a"))], tokenizer)

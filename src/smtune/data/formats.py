@@ -264,7 +264,11 @@ def _turns(record: Record, tokenizer: PreTrainedTokenizerBase | None) -> tuple[S
             f"Expected a tokenizer with a chat template to render {record.where}. Got none: use the tokenizer of an "
             'instruction-tuned model, set its "chat_template", or give the data as "prompt" and "completion".'
         )
-    messages = [dict(message) for message in record.fields["messages"]]
+    # Parquet and the hub give a key of one message to all, as null; templates ask only whether it is there, and older
+    # releases of transformers hand it on.
+    messages = [
+        {key: value for key, value in message.items() if value is not None} for message in record.fields["messages"]
+    ]
     segments: list[Segment] = []
     done = ""
     for k, message in enumerate(messages):
