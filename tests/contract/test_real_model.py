@@ -81,7 +81,7 @@ def base_weights(model):
     }
 
 
-@pytest.mark.parametrize("criterion", ["abs_of_sum", "net"])
+@pytest.mark.parametrize("criterion", ["abs_of_sum", pytest.param("net", marks=pytest.mark.nightly)])
 def test_scores_agree_with_stored_gradients(smollm2, text, gradients, criterion):
     before = fingerprint(smollm2)
     scores = smtune.score_blocks(smollm2, text, SMTConfig(block_size=64, budget=1, warmup_steps=2, criterion=criterion))

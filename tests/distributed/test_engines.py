@@ -2,8 +2,7 @@
 
 The processes are started by the engines' own launchers and run engines.py: DDP by torchrun, FSDP2 by `accelerate
 launch` with examples/configs/fsdp2.yaml, ZeRO by `deepspeed`. DDP, FSDP2 and ZeRO-2 are run by default, the others
-nightly. Where deepspeed is missing its tests skip, or fail with SMTUNE_REQUIRE_DEEPSPEED=1, as in CI. Its first start
-on a machine compiles for a minute.
+nightly. Where deepspeed is missing its tests skip, or fail with SMTUNE_REQUIRE_DEEPSPEED=1, as in CI.
 """
 
 from __future__ import annotations
