@@ -57,6 +57,8 @@ def block_linear(
     """
     x = _autocast(x)
     if not (torch.is_grad_enabled() and blocks.requires_grad):
+        if weight.requires_grad:
+            weight = weight.detach()  # of such a leaf autocast keeps its cast, and would not see what is written later
         return F.linear(x, view_OI(weight, transposed), bias)
     return _BlockLinear.apply(x, weight, bias, blocks, (take or used_columns)(x, index), index, transposed)
 

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import smtune
@@ -472,6 +473,15 @@ def test_a_backward_refuses_blocks_that_changed_since(mode, change, message):
         loss.backward()
 
 
+def test_a_backward_after_unload_is_refused():
+    model = make_trained()
+    loss = model(**BATCH).loss
+    base = model.unload()
+    with pytest.raises(RuntimeError, match="Expected the blocks of .* an unmerge or an unload"):
+        loss.backward()
+    assert same(weights(base), weights(make_base()))
+
+
 def test_a_late_backward_does_not_leave_blocks_behind():
     base = weights(make_base())
     model = make_trained()
@@ -600,6 +610,32 @@ def test_a_parametrised_weight_is_adapted_beside_it():
     adapted = peft.get_peft_model(model, small_config())
     delta = adapted.base_model.model.q_proj.get_delta_weight("default")
     torch.testing.assert_close(adapted(x), base + x @ delta.T)
+
+
+CONVERSIONS = {
+    "pruned": lambda layer: prune.identity(layer, "weight"),
+    "parametrised": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_converting_the_base_under_resident_blocks_is_refused(how):
+    """What was converted may have the blocks in it, which would act twice."""
+    model = make_trained()
+    expected = logits(model)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    n_layers = len(layers(model))
+    for layer in [*layers(model), *layers(merged)]:
+        CONVERSIONS[how](layer.base_layer)
+    for use in (logits, train, lambda model: model.state_dict(), lambda model: model.unload()):
+        with pytest.raises(InputError, match="It has been quantised, pruned or parametrised since"):
+            use(model)
+    assert len(layers(model)) == n_layers
+    assert torch.equal(logits(merged), expected)
+    with pytest.raises(InputError, match="Convert the base before its adapters are made"):
+        merged.unmerge_adapter()
+    assert torch.equal(logits(merged.unload()), expected)
 
 
 def test_what_is_never_called_is_refused():
@@ -804,12 +840,42 @@ def test_no_forward_of_another_thread_sees_the_base_in_between(monkeypatch):
 
 def test_an_unfrozen_weight_under_resident_blocks_is_refused():
     model = make_trained(mode="resident").requires_grad_(True)
-    with pytest.raises(InputError, match=r"q_proj requires a gradient, which it would not get: freeze it"):
+    with pytest.raises(InputError, match=r"q_proj requires a gradient, and what it learned would not last"):
         model(**BATCH)
     logits(model)  # without gradients nothing is missed
     beside = make_trained(mode="additive").requires_grad_(True)
     beside(**BATCH).loss.backward()
     assert all(parameter.grad is not None for parameter in beside.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+def test_training_the_base_under_inactive_blocks_is_refused():
+    """The originals are copied into it, so what it learned there would be lost."""
+    model = peft.get_peft_model(make_base(), make_config(mode="resident"))
+    model.disable_adapter_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".smt_blocks." not in name)
+    with pytest.raises(InputError, match="would not last where blocks are: freeze it"):
+        model(**BATCH)
+    logits(model)
+    model.delete_adapter("default")
+    base = model.base_model.model
+    train(base, steps=1)
+    trained = weights(base)
+    logits(base)
+    assert same(weights(base), trained)
+
+
+def test_autocast_keeps_no_cast_of_an_unfrozen_weight():
+    model = with_two("resident").requires_grad_(True)
+    seen = []
+    for names in (["default", "other"], ["other"]):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which keeps casts until it ends
+            for name in names:
+                model.set_adapter(name)
+                seen.append(logits(model))
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_adapters_of_two_block_sizes_are_refused_before_anything_changes():
@@ -844,6 +910,49 @@ def test_merging_in_any_order_and_back(mode, order):
     assert torch.equal(logits(model), logits(twin))
     model.unmerge_adapter()
     assert same(weights(model), base)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merging_an_inactive_adapter_takes_out_the_active_one_in_every_layer(mode):
+    options = {"mode": mode, "init_weights": False}
+    model = peft.get_peft_model(make_base(), make_config(target_modules=["q_proj"], **options)).eval()
+    model.add_adapter("b", make_config(target_modules=["v_proj"], **options))
+    before = logits(model)
+    model.merge_adapter(adapter_names=["b"])
+    assert torch.equal(logits(model), logits(dense_twin(model, ["b"])))
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), logits(dense_twin(model, ["b", "default"])))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+    assert same(weights(copy.deepcopy(model).unload()), weights(make_base()))
+    with pytest.raises(InputError, match="Expected names of adapters: default, b. Got 'defalt'. Did you mean"):
+        model.merge_adapter(adapter_names=["defalt"])
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_fails_in_one_layer_changes_none(method, mode):
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    targets = {"target_modules": ["q_proj", "lm_head"], "budget": 40, "init_weights": False}
+    shared = peft.get_peft_model(tied, make_config(**targets))
+    broken = make_trained(mode=mode)
+    layers(broken)[-1].smt_blocks["default"].weight.data[0, 0, 0] = torch.nan
+    for model, options, message in (
+        (shared, {}, "That of lm_head is shared with another module"),
+        (broken, {"safe_merge": True}, "NaNs detected in the merged weights"),
+    ):
+        with model.disable_adapter():
+            base, n_layers = weights(model), len(layers(model))
+        with pytest.raises(ValueError, match=message):
+            getattr(model, method)(**options)
+        assert len(layers(model)) == n_layers
+        assert not any(layer.merged for layer in layers(model))
+        assert same(weights(model), base)
+    assert mode == "resident" or all(layer.smt_originals is None for layer in layers(broken))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

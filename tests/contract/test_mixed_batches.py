@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import peft
 import pytest
@@ -103,6 +104,48 @@ def test_an_encoder_is_given_the_rows_before_beams_repeat_them():
     assert torch.equal(generate(model, IDS, adapter_names=NAMES), each_alone(model, generate))
 
 
+def test_beams_of_the_models_own_generation_config():
+    def generate(**kwargs):
+        mask = torch.ones_like(IDS)
+        return model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=6, adapter_names=NAMES, **kwargs)
+
+    model = with_two("resident")
+    model.generation_config.eos_token_id = None
+    beams, greedy = generate(num_beams=3), generate()
+    expected = forward(model, IDS, adapter_names=NAMES)
+    model.generation_config.num_beams = 3
+    assert torch.equal(generate(), beams)
+    assert torch.equal(generate(num_beams=1), greedy)
+    assert torch.equal(forward(model, IDS, adapter_names=NAMES), expected)  # which repeats no rows
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_threads_call_has_its_own_names(mode):
+    model = make_trained(mode=mode)
+    model.add_adapter("other", make_config(seed=1, mode=mode, modules_to_save=["lm_head"], init_weights=False))
+    model.set_adapter("other")
+    train(model).eval()
+    calls = [{"adapter_names": names} for names in (NAMES, ["other"] * 5)]
+    if mode == "additive":  # resident blocks would be written into the weight meanwhile
+        calls.append({})
+    expected = [forward(model, IDS, **call) for call in calls]
+    seen = []
+
+    def interrupt(*_):
+        handle.remove()
+        for call in calls[1:]:
+            thread = threading.Thread(target=lambda: seen.append(forward(model, IDS, **call)))  # noqa: B023
+            thread.start()
+            thread.join()
+
+    handle = model.base_model.model.model.layers[1].register_forward_pre_hook(interrupt)
+    seen.append(forward(model, IDS, **calls[0]))
+    assert len(seen) == len(calls)
+    for actual, logits_alone in zip([seen[-1], *seen[:-1]], expected):
+        assert torch.equal(actual, logits_alone)
+    assert all(module.mixed_rows.names is None for module in model.modules() if isinstance(module, SMTLinear))
+
+
 def test_disabled_adapters_are_disabled_for_every_row():
     model = with_two("resident")
     with model.disable_adapter():
@@ -132,8 +175,7 @@ def test_what_is_refused_leaves_nothing_behind():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 @pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("mode", "whole"), [("resident", True), ("additive", False)])
 def test_a_compiled_model_mixes_what_it_is_asked_to(mode, whole):
     """Also after a call without names, and after one with others: a graph is for the names it was made with."""
     torch._dynamo.reset()

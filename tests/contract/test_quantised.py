@@ -255,6 +255,29 @@ def test_merge_quantises_anew(folder, kind, tmp_path):
     assert torch.equal(logits(model), expected)
 
 
+def test_a_merge_that_fails_to_quantise_leaves_the_layer(folder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    model = tuned(folder, "torchao Int8WeightOnly")
+    expected = logits(model)
+    layer = next(iter(smt_layers(model).values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer.quantization_backend), "set_base_weight", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    assert layer._put_aside == []
+
+
+def test_quantising_under_resident_blocks_is_refused(folder):
+    model = smtune.get_smt_model(load(folder), CONFIG, BATCHES)
+    train(model)
+    torchao.quantize_(model.base_model.model.model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(InputError, match="It has been quantised, pruned or parametrised since"):
+        logits(model)
+
+
 def test_what_a_merge_puts_aside_goes_where_the_model_goes(folder):
     model = tuned(folder, "torchao Int8WeightOnly")
     model.merge_adapter()
@@ -441,6 +464,25 @@ def test_what_dequantize_refuses(folder):
     model.merge_adapter()
     with pytest.raises(InputError, match=r"model.unmerge_adapter\(\)"):
         smtune.dequantize(model)
+
+
+def test_dequantize_rounds_nothing_that_frozen_adapters_learned(folder, tmp_path):
+    kind = "torchao Int8WeightOnly"
+    config = SMTConfig(block_size=SIZE, budget=10, trainable_token_indices=[3, 5], modules_to_save=["lm_head"])
+    model = smtune.get_smt_model(load(folder, kind), config, BATCHES)
+    train(model)
+    model.save_pretrained(tmp_path)
+    learned = smtune.trained_state_dict(model)
+    loaded = peft.PeftModel.from_pretrained(load(folder, kind), tmp_path)
+    smtune.dequantize(loaded, torch.bfloat16)
+    logits(loaded)
+    for name, value in smtune.trained_state_dict(loaded).items():
+        # The head has to take the base's activations.
+        assert torch.equal(value, learned[name].bfloat16() if ".modules_to_save." in name else learned[name]), name
+    loaded = peft.PeftModel.from_pretrained(load(folder, kind, torch.bfloat16), tmp_path)
+    loaded.base_model.model.lm_head.modules_to_save["default"].float()
+    smtune.dequantize(loaded)
+    assert {p.dtype for name, p in loaded.named_parameters() if ".modules_to_save." in name} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4, double", "torchao Int8WeightOnly"])

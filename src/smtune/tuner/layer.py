@@ -20,6 +20,7 @@ The weight of GPT-2's `Conv1D` is stored as (I, O). Blocks are cut from its (O, 
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -112,6 +113,27 @@ class SMTLayer(BaseTunerLayer):
     other_param_names = ()
 
 
+class MixedRows(threading.local):
+    """What this thread's call mixes, while `mixed.mixed_batch` stands.
+
+    Attributes:
+        names: the adapter of each row of the caller's batch; None: no mixing.
+        copies: how often generation repeats a row.
+    """
+
+    def __init__(self) -> None:  # for each thread anew
+        self.names: tuple[str, ...] | None = None
+        self.copies = 1
+
+    def of(self, x: Tensor) -> Sequence[str]:
+        """The adapter of each row of x: generation repeats rows for beams and returned sequences, but in an encoder."""
+        assert self.names is not None
+        return self.names if len(x) == len(self.names) else [name for name in self.names for _ in range(self.copies)]
+
+    def __reduce__(self) -> tuple:
+        return MixedRows, ()  # a copy is of no call
+
+
 class _ActiveSet:
     """The union of some adapters' blocks, and how deltas and originals fit into it.
 
@@ -200,7 +222,8 @@ class SMTLinear(nn.Module, SMTLayer):
         self._union: BlockIndex | None = None
         self._active_sets: dict[tuple[str, ...], _ActiveSet] = {}
         self._shared: SharedInput | None = None
-        self.mixed_rows: tuple[str, ...] | None = None  # while `mixed.mixed_batch` stands: an adapter for each row
+        self.mixed_rows = MixedRows()
+        self._is_unloaded = False
         # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
         self._put_aside: list[nn.Module] = []
 
@@ -380,6 +403,12 @@ class SMTLinear(nn.Module, SMTLayer):
             self._write_originals()
 
     def _write_originals(self) -> None:
+        if _is_converted(self.base_layer):
+            raise InputError(
+                f"Expected the weight of {self._name} as it was when its adapters were made. It has been quantised, "
+                "pruned or parametrised since, perhaps with blocks in it, which cannot be taken out. Convert the base "
+                "before its adapters are made, or after they are merged or unloaded."
+            )
         if not _is_here(self.base_layer.weight):
             return  # a sharded weight is gathered anew for its next use
         assert self._union is not None
@@ -394,7 +423,8 @@ class SMTLinear(nn.Module, SMTLayer):
     # Forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        adapter_names = self.mixed_rows if adapter_names is None else adapter_names
+        if adapter_names is None and self.mixed_rows.names is not None:
+            adapter_names = self.mixed_rows.of(x)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -403,23 +433,29 @@ class SMTLinear(nn.Module, SMTLayer):
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             adapters = None if self.merged else self._adapters(self.active_adapters)
+        base = self.base_layer
+        if self.resident and torch.is_grad_enabled() and base.weight.requires_grad and not self.merged:
+            self._check_frozen()
         if adapters is None:
             self.restore()
-            return self._hooked(self.base_layer(x, *args, **kwargs), None)
+            return self._hooked(base(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
         index, take = self._saving(adapters, x)
-        base = self.base_layer
         if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
             return self._hooked(additive_block_linear(base(x, *args, **kwargs), x, total, index, take), None)
-        if base.weight.requires_grad and torch.is_grad_enabled():
-            raise InputError(
-                f"Expected a frozen weight under resident blocks. That of {self._name} requires a gradient, which it "
-                'would not get: freeze it, or train it with `modules_to_save` or beside blocks of mode="additive".'
-            )
         self._stand(adapters, total)
         y = block_linear(x, base.weight, base.bias, total, index, take, self._transposed)
         return self._hooked(y, adapters, total)
+
+    def _check_frozen(self) -> None:
+        """Raises InputError for an unfrozen weight that has adapters: what it learned at the blocks would be undone."""
+        if self.smt_blocks:
+            raise InputError(
+                f"Expected a frozen weight under resident blocks, active or not. That of {self._name} requires a "
+                "gradient, and what it learned would not last where blocks are: freeze it, or train it with "
+                '`modules_to_save`, beside blocks of mode="additive", or after `unload`.'
+            )
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Row k of the batch with the adapter `adapter_names[k]`, acting beside the weight in either mode."""
@@ -477,12 +513,13 @@ class SMTLinear(nn.Module, SMTLayer):
         version = None if known is None else known._version
 
         def before_backward(grad_y: Tensor) -> None:
-            if self.merged_adapters != merged or (known is not None and known._version != version):
+            was_unloaded = self._is_unloaded and total is not None
+            if was_unloaded or self.merged_adapters != merged or (known is not None and known._version != version):
                 raise RuntimeError(
                     f"Expected the blocks of {self._name} as they were in the forward. They were changed since, by an "
-                    "optimizer's step, a merge or an unmerge: run the backward first, or the forward again."
+                    "optimizer's step, a merge, an unmerge or an unload: run the backward first, or the forward again."
                 )
-            if self.merged:
+            if self.merged or self._is_unloaded:
                 return
             if adapters is None or total is None:
                 self.restore()
@@ -500,10 +537,34 @@ class SMTLinear(nn.Module, SMTLayer):
         A merged dense weight is the same, bit for bit, as the resident one. A quantised weight is dequantised,
         added to and quantised again, which rounds; `unmerge` puts the quantised original back.
 
+        Adapters without blocks here count as merged too: those that are active act no more, as in the other layers.
+
         Raises:
-            ValueError: with `safe_merge`, if the result is not finite; the weight is then untouched.
+            ValueError: as `check_merge`; the weight is then untouched.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        self.check_merge(safe_merge, names)
+        adapters = self._adapters([*self.merged_adapters, *names])
+        if adapters is not None and not set(names).isdisjoint(adapters.names):
+            total = adapters.total(self._deltas(adapters))
+            if self.is_dense:
+                scatter_(self._weight_OI(), adapters.index, self._values(adapters, total))
+            else:
+                self._merge_quantised(adapters, total)
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """What `merge` may fail at, without merging; resident blocks step out of the weight.
+
+        Raises:
+            InputError: a weight that is shared, not here as a whole, or quantised for good.
+            ValueError: with `safe_merge`, if the result is not finite.
+        """
+        self.restore()
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if name in self.smt_blocks and name not in self.merged_adapters]
         if not names:
             return
         if self.is_shared:
@@ -517,50 +578,57 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"Expected the whole weight to merge into. That of {self._name} is sharded or offloaded: save the "
                 "adapter, load it in one process, and merge there."
             )
-        self.restore()
-        adapters = self._adapters([*self.merged_adapters, *names])
-        assert adapters is not None
-        total = adapters.total(self._deltas(adapters))
-        values = self._values(adapters, total) if self.is_dense else total
-        if safe_merge and not torch.isfinite(values).all():
+        backend = getattr(self, "quantization_backend", None)
+        if not self.is_dense and (backend is None or not backend.supports_merge):
+            raise InputError(
+                f"Expected a base that can be quantised again. Got {type(self.base_layer).__name__} at {self._name}: "
+                "make it dense with `smtune.dequantize(model)` first, or load the base in 16 or 32 bits."
+            )
+        if safe_merge and not self._is_finite([*self.merged_adapters, *names]):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: expected "
                 f"finite weights at {self._name}, got NaN or infinity. Or is {self.base_layer.weight.dtype} too narrow "
                 "for it?"
             )
+
+    def _is_finite(self, names: Sequence[str]) -> bool:
+        """Whether the weight would be, or of a quantised one the change, with these adapters merged."""
+        adapters = self._adapters(names)
+        assert adapters is not None
+        values = adapters.total(self._deltas(adapters))
         if self.is_dense:
-            scatter_(self._weight_OI(), adapters.index, values)
-        else:
-            self._merge_quantised(adapters, total)
-        self.merged_adapters.extend(names)
+            values = self._values(adapters, values)
+            if not self.resident and not self.merged:
+                self.smt_originals = None  # the base may change until the merge
+        return bool(torch.isfinite(values).all())
 
     def unmerge(self) -> None:
         """Give the base weight back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.merged_adapters.clear()
         if self._put_aside:
             self.base_layer = self._put_aside.pop()
-        else:
+        elif self.smt_originals is not None:
             self._write_originals()
             if not self.resident:
                 self.smt_originals = None
+        self.merged_adapters.clear()
 
     def _merge_quantised(self, adapters: _ActiveSet, total: Tensor) -> None:
-        backend = getattr(self, "quantization_backend", None)
-        if backend is None or not backend.supports_merge:
-            raise InputError(
-                f"Expected a base that can be quantised again. Got {type(self.base_layer).__name__} at {self._name}: "
-                "make it dense with `smtune.dequantize(model)` first, or load the base in 16 or 32 bits."
-            )
         # Quantising anew changes a layer's private state beside its weight, so the layer is put aside whole.
-        if not self._put_aside:
-            self._put_aside.append(self.base_layer)
-        self.base_layer = copy.deepcopy(self._put_aside[0])
-        dense = dense_weight(self.base_layer)
+        backend: Any = self.quantization_backend
+        before = self.base_layer
+        original = self._put_aside[0] if self._put_aside else before
+        dense = dense_weight(original)
         scatter_(dense, adapters.index, gather(dense, adapters.index) + total.detach())
-        backend.set_base_weight(self, dense)
+        self.base_layer = copy.deepcopy(original)
+        try:
+            backend.set_base_weight(self, dense)
+        except BaseException:
+            self.base_layer = before
+            raise
+        self._put_aside = [original]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's change of the weight, dense, shaped as the weight is stored, in the deltas' dtype."""
@@ -578,6 +646,7 @@ class SMTLinear(nn.Module, SMTLayer):
         self.restore()
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._is_unloaded = True
         return self.base_layer
 
     def extra_repr(self) -> str:
@@ -611,8 +680,14 @@ def _is_plain(layer: nn.Module) -> bool:
     return (
         (forward is nn.Linear.forward or forward is Conv1D.forward)
         and "forward" not in layer.__dict__
+        and "parametrizations" not in layer._modules
         and all((getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks)
     )
+
+
+def _is_converted(layer: Any) -> bool:
+    """Whether something else stands in the place of a dense weight."""
+    return not is_dense(layer) and not is_sharded(layer.weight)
 
 
 def _is_here(weight: Tensor) -> bool:

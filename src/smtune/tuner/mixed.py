@@ -1,7 +1,9 @@
 """Mixed batches: `adapter_names=` gives every row of a batch an adapter of its own, as PEFT's LoRA does.
 
 For evaluation and generation. The blocks act beside the weight in both modes: one weight cannot hold the blocks of
-several adapters at once, so resident ones step out of it for the call. Imports torch, peft and `SMTLinear`.
+several adapters at once, so resident ones step out of it for the call. Threads may mix at the same time, each its own
+names. But in resident mode no thread may call the model without `adapter_names` meanwhile, which writes blocks into the
+weight that the others read as the base. Imports torch, peft and `SMTLinear`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smtune.errors import InputError, did_you_mean
-from smtune.tuner.layer import BASE, SMTLinear
+from smtune.tuner.layer import BASE, MixedRows, SMTLinear
 
 
 def check_adapter_names(names: Any, known: Collection[str], training: bool) -> None:
@@ -43,38 +45,45 @@ def mixed_batch(model: nn.Module, names: Sequence[str], arguments: Mapping[str, 
     Args:
         model: with `SMTLinear` layers and PEFT's wrappers of modules to save and trainable tokens.
         names: one for each row of the batch that the caller passes; "__base__" is no adapter.
-        arguments: of the call: generation repeats the rows for beams and for returned sequences, except in an encoder.
+        arguments: of the call, by which generation may repeat the rows.
     """
-    copies = _copies(arguments)
-    repeated = [name for name in names for _ in range(copies)]
-    encoder = model.get_encoder() if copies > 1 and hasattr(model, "get_encoder") else None  # type: ignore[operator]
-    in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
-    layers, handles = [], []
+    copies = _copies(arguments, getattr(model, "generation_config", None))
+    before, handles = [], []
     try:
         for module in model.modules():
-            own = list(names) if module in in_encoder else repeated
             if isinstance(module, SMTLinear):
-                layers.append(module)
-                module.mixed_rows = tuple(own)  # not by a hook: a compiler does not guard on those
+                rows = module.mixed_rows
+                before.append((rows, rows.names, rows.copies))
+                rows.names, rows.copies = tuple(names), copies  # not by a hook: a compiler does not guard on those
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 # PEFT's wrapper fails on an adapter that it does not have.
                 available = module._get_available_adapters()
-                own = [name if name in available else BASE for name in own]
-                handles.append(module.register_forward_pre_hook(partial(_pass_names, own), with_kwargs=True))
+                rows = MixedRows()
+                rows.names, rows.copies = tuple(name if name in available else BASE for name in names), copies
+                handles.append(module.register_forward_pre_hook(partial(_pass_names, rows), with_kwargs=True))
         yield
     finally:
-        for layer in layers:
-            layer.mixed_rows = None
+        for rows, own, own_copies in before:
+            rows.names, rows.copies = own, own_copies
         for handle in handles:
             handle.remove()
 
 
-def _pass_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return args, kwargs | {"adapter_names": names}
+def _pass_names(rows: MixedRows, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if rows.names is None or not args:  # None in another thread, with a call of its own
+        return None
+    return args, kwargs | {"adapter_names": rows.of(args[0])}
 
 
-def _copies(arguments: Mapping[str, Any]) -> int:
-    """How often generation repeats each row, as transformers decides it from `generate`'s arguments."""
-    config = arguments.get("generation_config")
-    counts = [arguments.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
-    return max(counts)
+def _copies(arguments: Mapping[str, Any], own: Any) -> int:
+    """How often generation repeats each row, as transformers decides it from `generate`'s arguments.
+
+    Args:
+        own: the model's configuration of generation.
+    """
+    configs = arguments.get("generation_config"), own
+
+    def count(name: str) -> int:
+        return arguments.get(name) or next(filter(None, (getattr(config, name, None) for config in configs)), 1)
+
+    return max(count("num_beams"), count("num_return_sequences"))

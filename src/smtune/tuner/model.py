@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists, onload_layer
 from torch import Tensor, nn
 
 from smtune.depth import backward_end, siblings
-from smtune.errors import InputError
+from smtune.errors import InputError, did_you_mean
 from smtune.scoring import DATA_FREE
 from smtune.selection import Plan
 from smtune.tuner.config import SMTConfig
@@ -188,6 +188,39 @@ class SMTModel(BaseTuner):
         if was_active and names:
             # PEFT lets each layer choose among its own adapters; layers with other ones would disagree.
             self.set_adapter(names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Make adapters part of the weights, for a while. What a layer refuses is refused before any merges."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters merged into it. What a layer refuses is refused before any merges."""
+        self._check_merge(adapter_names, safe_merge)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was. A layer that cannot give it back is found before any is unloaded."""
+        for layer in self.model.modules():
+            if isinstance(layer, SMTLinear):
+                layer.restore()
+        return super().unload()
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raises what a layer's merge would. PEFT merges one by one, and half a model is neither base nor tuned."""
+        asked = [] if adapter_names is None or isinstance(adapter_names, str) else adapter_names  # of a str PEFT tells
+        for name in asked:
+            if name not in self.peft_config:
+                raise InputError(
+                    f"Expected names of adapters: {', '.join(self.peft_config)}. Got {name!r}."
+                    + did_you_mean(name, self.peft_config)
+                )
+        for layer in self.model.modules():
+            if isinstance(layer, SMTLinear):
+                with onload_layer(layer):
+                    layer.check_merge(safe_merge, adapter_names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own hands the child's weight on to a layer that is unloaded. That has its weight, and a wrapper of

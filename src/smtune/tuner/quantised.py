@@ -20,7 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from smtune.errors import InputError
-from smtune.sharded import is_sharded
+from smtune.sharded import is_of_adapter, is_sharded
 from smtune.weights import shape_OI
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -76,7 +76,8 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
-        dtype: of the base's floating weights afterwards. None: that which those outside quantised layers have.
+        dtype: of the base's floating weights afterwards, and of frozen `modules_to_save`. None: that which the base's
+            have outside quantised layers. Blocks, trained tokens and what requires a gradient stay as they are.
     Returns:
         The model, no longer recorded as a quantised one, so that saving it writes a plain checkpoint.
     Raises:
@@ -92,7 +93,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
             "weight. Call `model.unmerge_adapter()` first."
         )
     weights = {name: _dequantised(module) for name, module in quantised.items()}
-    dtype = dtype or floating_dtype(model)
+    is_asked, dtype = dtype is not None, dtype or floating_dtype(model)
     for name, module in quantised.items():
         weight = nn.Parameter(weights.pop(name).to(dtype), requires_grad=False)
         if not is_quantised(module):  # an embedding
@@ -104,8 +105,10 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         model.set_submodule(name, dense.train(module.training))
     has_adapters = hasattr(model, "get_base_model")
     for name, parameter in model.named_parameters():
-        is_trained = has_adapters and (parameter.requires_grad or ".smt_blocks." in name)
-        if parameter.is_floating_point() and not is_trained:
+        # A module to save computes in its own dtype, from what the base's compute in theirs.
+        is_learned = is_of_adapter(name) and not (is_asked and ".modules_to_save." in name)
+        is_kept = has_adapters and (parameter.requires_grad or is_learned)
+        if parameter.is_floating_point() and not is_kept:
             parameter.data = parameter.data.to(dtype)
     _forget_quantisation(model.get_base_model() if has_adapters else model)  # type: ignore[operator]
     return model

@@ -81,7 +81,10 @@ class SharedInput:
             and held.columns is index.columns
             and held.saved.dtype == x.dtype
         ):
-            waiting = {id(other) for other in self.layers if other.learning() is not None}
+            if held is not None and id(layer) in held.waiting:
+                waiting = held.waiting  # the others have read already, another input: cross-attention
+            else:
+                waiting = {id(other) for other in self.layers if other.learning() is not None}
             held = _Held(
                 weakref.ref(source, self._forget), source._version, index.columns, used_columns(x, index), waiting
             )
