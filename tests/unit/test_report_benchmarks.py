@@ -404,6 +404,15 @@ def test_the_page_says_what_ran_where(written):
     assert "None" not in text
 
 
+def test_counts_of_an_earlier_run_are_said(results):
+    assert "| counted |" not in page(results, {})
+    other = copy.deepcopy(results)
+    arms(other)["dora"]["counted_run"] = {"commit": "abc1234" + 33 * "0", "date": "2026-11-29"}
+    text = page(other, {})
+    assert "| counted | 1 of " in text
+    assert "(2026-11-29, abc1234)" in text
+
+
 def test_the_table_of_arms_shows_medians_of_pairs(results, written):
     rows = {row["arm"]: row for row in tables(written[0].read_text(encoding="utf-8"), "arm")[0]}
     found = arms(results)

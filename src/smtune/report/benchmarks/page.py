@@ -84,6 +84,7 @@ def _measured(results: Record) -> str:
         ("GPU", machine.get("gpu") or "none"),
         ("versions", versions or words.DASH),
         ("timed", _timed(results)),
+        *[("counted", text) for text in _counted(results)],
         ("how busy", _load(results)),
         ("spread", _spreads(results)),
         ("not measured", _not_measured(results)),
@@ -129,6 +130,16 @@ def _timed(results: Record) -> str:
     numbers = {together: shared, apart: len(timed) - shared}
     said = [f"{prose(text)} ({number} of {len(timed)} records)" for text, number in numbers.items() if number]
     return "; ".join(said) or words.DASH
+
+
+def _counted(results: Record) -> list[str]:
+    """Of records that were timed anew and keep what an earlier run had counted."""
+    found = results.get("records") or ()
+    runs = [run for record in found if (run := record.get("counted_run"))]
+    of = "; ".join(dict.fromkeys(map(words.run, runs)))
+    text = f"""{len(runs)} of {len(found)} records keep what an earlier run had counted of the same arm ({of}); the
+        others were counted with their timing"""
+    return [prose(text)] if runs else []
 
 
 def _load(results: Record) -> str:

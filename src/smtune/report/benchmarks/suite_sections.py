@@ -70,8 +70,7 @@ def _times(suite: Suite) -> str:
         row += [words.ratio(median(part_ratios(arm, part))) for part in PARTS]
         floor_flops = all_flops({"flops": arm.get("floor_flops")}) or all_flops(suite.floor)
         row += [words.ratio(over(all_flops(arm), floor_flops)), words.count(found.n if found else None)]
-        run = [value for key in ("date", "commit") if (value := get(arm, "run", key))]
-        rows.append([*row, ", ".join(run) or words.DASH])
+        rows.append([*row, words.run(arm.get("run"))])
     return table(("arm", "trained", "share", "step / floor", *PARTS, "FLOPs / floor", "pairs", "measured"), rows)
 
 

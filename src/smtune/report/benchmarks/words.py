@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks.records import Spread
@@ -86,6 +87,13 @@ def exponent(fit: Fit | None) -> str:
     else:
         bounds = "no bounds"
     return f"{hundredths(fit.exponent)} ({bounds})"
+
+
+def run(of: Mapping[str, str | None] | None) -> str:
+    """Day and commit, "2026-11-30, 6e19255"."""
+    commit = (of or {}).get("commit") or ""
+    short = commit[:7] + commit[40:]  # with "+changes"
+    return ", ".join(filter(None, ((of or {}).get("date"), short))) or DASH
 
 
 def hundredths(value: float) -> str:
