@@ -22,7 +22,7 @@ from smtune.report.benchmarks.records import (
     step,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import OTHERS, RIVALS, against, memory_parts
+from smtune.report.benchmarks.targets import OTHERS, RIVALS, against, memory_parts, timed_apart
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
@@ -114,8 +114,12 @@ def rivals_section(found: list[Suite]) -> str:
         for suite in found:
             told = [against(suite, name, rival) for rival in rivals]
             if any(estimate for estimate, _ in told):
-                cells = [f"{words.signed(estimate)} " if estimate else "" for estimate, _ in told]
-                rows.append((suite.name, *(cell + verdict(word) for cell, (_, word) in zip(cells, told))))
+                cells = [
+                    f"{words.signed(estimate)} {verdict(word)}" if estimate else verdict(word)
+                    for estimate, word in told
+                ]
+                apart = [", timed apart" * timed_apart(suite, name, rival) for rival in rivals]
+                rows.append((suite.name, *map("".join, zip(cells, apart))))
         of_name = table(("suite", *rivals.values()), rows)
         tables.append(section(f"{words.arm(name)} less …", of_name))
     if not any(tables):

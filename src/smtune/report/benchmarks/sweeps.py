@@ -98,7 +98,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one sweep of one arm in one dtype, by ascending x; whether all were timed together with their floor."""
+    """The points of one sweep of one arm in one dtype, by ascending x; whether all were timed with their floor."""
 
     sweep: str
     dtype: str

@@ -197,6 +197,12 @@ def against(suite: Suite, name: str, rival: str) -> tuple[Estimate | None, str]:
     return compare(suite.arms.get(name), suite.arms.get(rival))
 
 
+def timed_apart(suite: Suite, name: str, rival: str) -> bool:
+    """Whether two arms were timed, and not together."""
+    found = [suite.arms.get(arm) for arm in (name, rival)]
+    return all(step_ratios(arm).size for arm in found) and not all(map(timed_together, found))
+
+
 def _below(interval: Estimate | None, bound: float) -> str:
     """Whether an interval is below a bound with all it holds; without one nothing can be told."""
     if interval is None:
