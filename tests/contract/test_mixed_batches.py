@@ -134,7 +134,7 @@ def test_another_threads_call_has_its_own_names(mode):
     def interrupt(*_):
         handle.remove()
         for call in calls[1:]:
-            thread = threading.Thread(target=lambda: seen.append(forward(model, IDS, **call)))  # noqa: B023
+            thread = threading.Thread(target=lambda call=call: seen.append(forward(model, IDS, **call)))
             thread.start()
             thread.join()
 
@@ -175,7 +175,15 @@ def test_what_is_refused_leaves_nothing_behind():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 @pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
-@pytest.mark.parametrize(("mode", "whole"), [("resident", True), ("additive", False)])
+@pytest.mark.parametrize(
+    ("mode", "whole"),
+    [
+        ("resident", True),
+        ("additive", False),
+        pytest.param("resident", False, marks=pytest.mark.nightly),
+        pytest.param("additive", True, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_compiled_model_mixes_what_it_is_asked_to(mode, whole):
     """Also after a call without names, and after one with others: a graph is for the names it was made with."""
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ Imports numpy and the modules beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -228,46 +228,40 @@ def other_rows(results: Record) -> list[OtherRow]:
     """Speed, memory and forward cost, a row for every suite that can judge the claim."""
     found = [suite for suite in suites(results) if suite.is_7b()] or suites(results)
     has_gpu = bool(get(results, "machine", "gpu"))
-    claimed = (
-        (SPEED, "§3.3", _speedup(has_gpu), _table1_speedups(results, has_gpu)),
-        (SPEED, "§3.3", _faster, []),
-        (FORWARD, "§3.3", _forward, []),
-        (LOWER, "§3.3", _lower, []),
-        (CUT, "abstract", _memory_cut(has_gpu), []),
+    claimed = (  # with whether it is of GPUs alone
+        (SPEED, "§3.3", _speedup, _table1_speedups(results), True),
+        (SPEED, "§3.3", _faster, [], False),
+        (FORWARD, "§3.3", _forward, [], False),
+        (LOWER, "§3.3", _lower, [], False),
+        (CUT, "abstract", _memory_cut, [], True),
     )
     rows = []
-    for quote, source, judge, more in claimed:
+    for quote, source, judge, more, is_of_gpus in claimed:
         judged = [(suite.name, *judge(suite)) for suite in found] + more
         judged = [OtherRow(quote, source, *row) for row in judged if row[2] != ABSENT]
+        if is_of_gpus and not has_gpu:
+            judged = [replace(row, verdict=NOT_HERE) for row in judged]
         rows += judged or [OtherRow(quote, source, "", "", ABSENT)]
     return rows
 
 
-Judge = Callable[[Suite], tuple[str, str]]
+def _speedup(suite: Suite) -> tuple[str, str]:
+    times = over(*(median(step_ratios(suite.arms.get(name))) for name in (full_arm(suite), "smt-1.26")))
+    return ("", ABSENT) if times is None else _times_of_full(times)
 
 
-def _speedup(has_gpu: bool) -> Judge:
-    def judge(suite: Suite) -> tuple[str, str]:
-        steps = (median(step_ratios(suite.arms.get(name))) for name in (full_arm(suite), "smt-1.26"))
-        times = over(*steps)
-        return ("", ABSENT) if times is None else _times_of_full(times, has_gpu)
-
-    return judge
+def _times_of_full(times: float) -> tuple[str, str]:
+    return f"SMT 1.26 %: {times:.2f}× as fast as full", _verdict([times >= SPEEDUP])
 
 
-def _times_of_full(times: float, has_gpu: bool) -> tuple[str, str]:
-    """The paper's is of GPUs whose full fine-tuning has its states in the CPU's memory."""
-    return f"SMT 1.26 %: {times:.2f}× as fast as full", _verdict([times >= SPEEDUP]) if has_gpu else NOT_HERE
-
-
-def _table1_speedups(results: Record, has_gpu: bool) -> list[tuple[str, str, str]]:
+def _table1_speedups(results: Record) -> list[tuple[str, str, str]]:
     rows = []
     for suite, arms in table1_suites(results).items():
         mine = table1_seconds(arms.get("smt-1.26"))
         for name, how in (("full", "not offloaded"), ("full-cpuadam", "DeepSpeed's CPUAdam")):
             times = over(table1_seconds(arms.get(name)), mine)
             if times is not None:
-                rows.append((f"{suite}, full {how}", *_times_of_full(times, has_gpu)))
+                rows.append((f"{suite}, full {how}", *_times_of_full(times)))
     return rows
 
 
@@ -309,15 +303,11 @@ def _lower(suite: Suite) -> tuple[str, str]:
     return f"counted peak at {'; at '.join(texts)}", PART if in_part else verdict
 
 
-def _memory_cut(has_gpu: bool) -> Judge:
-    def judge(suite: Suite) -> tuple[str, str]:
-        kept = over(*(get(suite.arms.get(name), "peak_tensor_bytes") for name in (USUAL, full_arm(suite))))
-        if kept is None:
-            return "", ABSENT
-        verdict = _verdict([1 - kept >= MEMORY_CUT]) if has_gpu else NOT_HERE
-        return f"by {words.percent(1 - kept)} (counted peak)", verdict
-
-    return judge
+def _memory_cut(suite: Suite) -> tuple[str, str]:
+    kept = over(*(get(suite.arms.get(name), "peak_tensor_bytes") for name in (USUAL, full_arm(suite))))
+    if kept is None:
+        return "", ABSENT
+    return f"by {words.percent(1 - kept)} (counted peak)", _verdict([1 - kept >= MEMORY_CUT])
 
 
 def table1_suites(results: Record) -> dict[str, dict[str, Record]]:

@@ -68,6 +68,7 @@ autocast are of bf16 alone."""
 OTHERS = {"sift": "SIFT", "dense-v": "dense v_proj", "appendix-a": "the paper's listing"}
 """Who is compared with SMT 0.84 % without a target: of equal parameters, of more, and of a weaker contract."""
 FULL = ("full", "full-autocast")
+"""Full fine-tuning; over bf16 the first has bf16 weights and states."""
 EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lora-4.91"}}
 """By arm of SMT, adapters that train as many parameters."""
 ADDITIVE = {"smt-0.84": "smt-additive", "smt-4.91": "smt-additive-4.91"}
@@ -369,14 +370,15 @@ def _all_alike(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
 # -- 3: memory -------------------------------------------------------------------------------------------------------
 
 
-def _below_lora(suite: Suite, key: str, noise: float = -1) -> tuple[str, str]:
-    """SMT against LoRA; what differs by at most `noise` bytes is not told apart. Below 0: what is counted has none."""
+def _below_lora(suite: Suite, key: str, noise: float | None = None) -> tuple[str, str]:
+    """SMT against LoRA; what differs by at most `noise` bytes is not told apart. None: what is counted has none."""
     parts = {}
     for smt, equal in EQUAL.items():
         mine, theirs = (get(suite.arms.get(arm), key) for arm in (smt, equal["LoRA"]))
         if mine and theirs:
             text = f"{words.size(mine)} against {words.size(theirs)} ({words.signed_size(mine - theirs)})"
-            verdict = OPEN if abs(mine - theirs) <= noise else _holds(mine <= theirs)
+            is_told = noise is None or abs(mine - theirs) > noise
+            verdict = _holds(mine <= theirs) if is_told else OPEN
             parts[words.arm(smt)] = (text, verdict)
     return _joined(parts)
 
