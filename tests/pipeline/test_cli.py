@@ -71,6 +71,40 @@ def errors_to_stderr(monkeypatch):
 pytestmark = pytest.mark.usefixtures("errors_to_stderr")
 
 
+def test_compare(config, capsys, tmp_path):
+    def results(name, right, **header):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        items = [
+            {"key": f"k{k}", "task": "AddSub", "index": k, "answer": "1", "prediction": 1.0, "correct": k in right}
+            for k in range(header.pop("n", 8))
+        ]
+        lines = [{"run": {"protocol": "generate", "model": name, "dtype": "float32"} | header}, *items]
+        (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    a = results("a/evaluation/generate-float32", {0, 1, 2, 3, 4, 5}).parent.parent
+    b = results("b", {0, 1, 7})
+    out, err = run(capsys, "compare", "a", b)
+    row = next(line for line in out.splitlines() if "AddSub" in line)
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["8", "+0.375"]
+    assert [cell.strip() for cell in row.split("│")[5:7]] == ["4", "1"] and not err
+    out, err = run(capsys, "compare", a, results("c", {0}, n=6, dtype="bfloat16"))
+    assert "differ in dtype too: float32 and bfloat16" in err and "2 items that only one" in err
+
+    _, err = run(capsys, "compare", "a", results("d", {0}, protocol="likelihood"), code=2)
+    assert "one protocol" in err and "generate and likelihood" in err
+    results("a/evaluation/generate-bfloat16", {0})
+    _, err = run(capsys, "compare", "a", "b", code=2)
+    assert "Name one of" in err and "a/evaluation/generate-bfloat16" in err
+    _, err = run(capsys, "compare", "nowhere", "b", code=2)
+    assert "smtune evaluate" in err
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "items.jsonl").write_text((b / "items.jsonl").read_text().replace('"k', '"other'))
+    _, err = run(capsys, "compare", "e", "b", code=2)
+    assert "none in common" in err
+
+
 def test_train_evaluate_inspect_merge(config, capsys, tmp_path):
     out, _ = run(capsys, "train", config, "--dry-run")
     assert "12 blocks of 16²" in out

@@ -246,6 +246,46 @@ def _evaluate(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="An evaluated run, or the folder of an evaluation's results.")],
+    second: Annotated[Path, typer.Argument(help="Another, of the same test items.")],
+) -> None:
+    """Compare two evaluations item by item.
+
+    Accuracy of the first minus the second, by task, with a paired 95 % interval and McNemar's test.
+    """
+    from smtune.evaluation import compare as compare_items
+    from smtune.evaluation import comparison_table, load_run
+
+    (run_a, a), (run_b, b) = (load_run(_results_folder(path)) for path in (first, second))
+    differing = {name: (run_a.get(name), run_b.get(name)) for name in {*run_a, *run_b} - {"model"}}
+    differing = {name: values for name, values in differing.items() if values[0] != values[1]}
+    if "protocol" in differing:
+        protocols = " and ".join(differing["protocol"])
+        raise InputError(f"Expected two evaluations by one protocol. Got {protocols}: evaluate one of them anew.")
+    Console().print(comparison_table(compare_items(a, b), str(first), str(second)))
+    for name, (of_first, of_second) in sorted(differing.items()):
+        console.print(f"They differ in {name} too: {of_first} and {of_second}.", markup=False)
+    left_out = len({item.key for item in a} ^ {item.key for item in b})
+    if left_out:
+        console.print(f"{left_out:,} items that only one of them holds are left out.")
+
+
+def _results_folder(path: Path) -> Path:
+    """The folder of an evaluation: itself, or the only one below a run."""
+    from smtune.evaluation.results import ITEMS_FILE
+
+    if (path / ITEMS_FILE).is_file():
+        return path
+    found = sorted(items.parent for items in path.glob(f"evaluation/*/{ITEMS_FILE}"))
+    if not found:
+        raise InputError(f"Expected an evaluated run at {path}. It has no results: run `smtune evaluate` on it first.")
+    if len(found) > 1:
+        raise InputError(f"Expected one evaluation below {path}. Name one of {', '.join(map(str, found))}.")
+    return found[0]
+
+
+@app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(help="A run or an adapter.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],

@@ -219,7 +219,8 @@ def _say_next(console: Console, output: Path, figures: dict[str, Path], result: 
         "\nTry next:\n"
         f"  smtune inspect {run}\n"
         f"  smtune merge {run} {output}/merged          # a plain checkpoint, loads without smtune\n"
-        f"  smtune train {run}/config.yaml method=lora output={output}/lora-again\n"
+        f"  smtune train {run}/config.yaml method=lora output={output}/lora-again "
+        f"'lora={{rank: {LORA_RANK}, target_modules: [q_proj, k_proj, v_proj]}}'     # as many parameters\n"
         f"  smtune demo --compare --control --output {output}\n",
         highlight=False,
         soft_wrap=True,

@@ -151,7 +151,7 @@ class TrainingSection(_Section):
         deepspeed: a DeepSpeed configuration, a JSON file or its keys, as Trainer takes it.
         fsdp: shard the model with FSDP2; the keys of Trainer's `fsdp_config`, {} for its defaults. Neither it nor
             deepspeed: what `accelerate launch` was told, else DDP.
-        seed: of the data order, the adapter's initial values and dropout.
+        seed: of the draw of blocks, the data order and sample, the adapter's initial values and dropout.
     """
 
     learning_rate: Positive | None = None

@@ -177,8 +177,9 @@ def _targets(results: Record) -> str:
     counts = Counter(row.verdict for row in rows)
     judged = [word for word in (HOLDS, PART, MISSED, OPEN, ABSENT) if counts[word]]
     summary = ", ".join(f"{counts[word]} {verdict(word)}" for word in judged)
-    text = f"""{sum(counts[word] for word in judged)} rows: {summary}. The number is the issue's, of which item 5 has a
-    section of its own, *The paper's cost claims*; *design* is a number of the design's contract. Step times and
+    text = f"""{sum(counts[word] for word in judged)} rows: {summary}. The first column: 1 step
+    time, 2 FLOPs and saved bytes, 3 memory, 4 growth, 6 cost-aware plans, 7 an adapter's life (5, *The paper's cost
+    claims*, is a section of its own); *design*: what the design promises in bytes. Step times and
     scoring are judged by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference
     of their medians of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are
     *{OPEN}*, and so are arms that were not timed in one process with their floor. An exponent holds, or is

@@ -92,7 +92,7 @@ class Row:
     """One target.
 
     Attributes:
-        group: the issue's item or the contract it comes from.
+        group: what it is about, as the page explains.
         what: is promised, with its target.
         where: suite or sweep; "" where none was measured.
         measured: in words.
