@@ -90,6 +90,21 @@ def tiny_llama():
     return LlamaForCausalLM(config)
 
 
+@pytest.fixture
+def attention_runs(monkeypatch):
+    """A list that grows with every run of a Llama layer: twice a batch where activations are checkpointed."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    runs = []
+
+    def forward(self, *args, original=LlamaAttention.forward, **kwargs):
+        runs.append(self.layer_idx)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    return runs
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in fp32, one for the session: a test that changes it works on a copy."""

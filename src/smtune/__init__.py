@@ -4,8 +4,8 @@
     plan = smtune.make_plan(model, batches, config)
     model = peft.get_peft_model(model, config.with_plan(plan))
 
-The core (`blocks`, `kernels`, `depth`, `linear`, `scoring`, `selection`) needs torch alone. Where peft is installed, importing
-this package registers SMT as a PEFT method.
+The core (`blocks`, `kernels`, `depth`, `linear`, `scoring`, `selection`) needs torch alone. Where peft is installed,
+importing this package registers SMT as a PEFT method.
 """
 
 from importlib.util import find_spec

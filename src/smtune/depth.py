@@ -95,10 +95,12 @@ def backward_end(model: nn.Module, trained: Iterable[str]) -> Iterator[bool]:
         trained: names of modules or parameters that take gradients; those outside lists of layers do not count.
     Yields:
         Whether it stands. False, and nothing is done, where not exactly one list of layers holds what is trained in
-        any, or its layers may be checkpointed from outside: hooks would then run inside the checkpoint.
+        any, or its layers may be under reentrant checkpointing from outside: hooks would then run inside of it.
     """
     layers = _up_to_lowest(model, trained)
-    if not layers or not all(map(_checkpoints_itself, layers)):
+    from_inside = all(map(_checkpoints_itself, layers))
+    from_outside = not from_inside and all(map(_checkpoints_in_call, layers)) and not any(map(_is_reentrant, layers))
+    if not layers or not (from_inside or from_outside):
         yield False
         return
     first, below, lowest = layers[0], layers[:-1], layers[-1]
@@ -123,6 +125,7 @@ def backward_end(model: nn.Module, trained: Iterable[str]) -> Iterator[bool]:
         hooks = [
             layer.register_forward_pre_hook(_on_hidden_states(change), with_kwargs=True)
             for layer, change in ((first, run_once), (lowest, require))
+            if from_inside
         ]
         if isinstance(embeddings, nn.Module):
             hooks.append(embeddings.register_forward_hook(cut))  # the last of its hooks
@@ -157,6 +160,12 @@ def _checkpoints_itself(layer: nn.Module) -> bool:
     if layer._compiled_call_impl is not None:  # what hooks do to a checkpoint cannot be traced
         return False
     return hasattr(type(layer), "gradient_checkpointing") and type(layer).__call__ is nn.Module.__call__
+
+
+def _checkpoints_in_call(layer: nn.Module) -> bool:
+    """Whether the layer does its checkpointing around its hooks, as transformers' layers did before 5.23."""
+    owner = next(each for each in type(layer).__mro__ if "__call__" in vars(each))
+    return owner.__name__ == "GradientCheckpointingLayer" and layer._compiled_call_impl is None
 
 
 def _is_reentrant(layer: Any) -> bool:

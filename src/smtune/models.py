@@ -134,13 +134,16 @@ def load_merged(name: str, dtype: str = "float32") -> nn.Module:
     """A model for inference: on the accelerator where there is one, and its adapter, if it has one, merged.
 
     Merged it computes the same at no cost. On a quantised base it stays an adapter: what training changed is small
-    beside the steps of 4 bits, and quantised again it would be lost. Arguments and errors as `load_model`.
+    beside the steps of 4 bits, and quantised again it would be lost. So it does where blocks are in a weight that
+    another module shares, such as a tied `lm_head`. Arguments and errors as `load_model`.
     """
+    from smtune.tuner.layer import SMTLinear
     from smtune.tuner.quantised import is_quantised
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model: Any = load_model(name, dtype, device)
-    if not hasattr(model, "merge_and_unload") or any(map(is_quantised, model.modules())):
+    is_shared = any(isinstance(layer, SMTLinear) and layer.is_shared for layer in model.modules())
+    if not hasattr(model, "merge_and_unload") or is_shared or any(map(is_quantised, model.modules())):
         return model
     return model.merge_and_unload()
 
@@ -248,7 +251,8 @@ def fingerprint(name: str) -> str:
             digest.update(f"{file.name} {content}\n".encode())
     base = adapter_base(place)
     if base is not None:
-        digest.update(fingerprint(base).encode())
+        with _of_adapter(name, base):
+            digest.update(fingerprint(base).encode())
     label = name if name in ALIASES else Path(name).expanduser().resolve().name
     return f"{label} ({digest.hexdigest()[:12]})"
 
@@ -278,18 +282,18 @@ def cache_folder() -> Path:
 
 def _trained_part(folder: Path) -> Path:
     """What a run trained, if the folder is a run's; else the folder."""
-    parts = [folder / "adapter", folder / "model"]
-    trained = next((part for part in parts if part.is_dir()), None)
+    is_run = (folder / "config.yaml").is_file()
+    if not is_run and any((folder / file).is_file() for file in ("config.json", ADAPTER_FILE)):
+        return folder
+    trained = next((part for part in (folder / "adapter", folder / "model") if part.is_dir()), None)
     if trained is not None:
         return trained
-    if (folder / "config.yaml").is_file():
+    if is_run:
         raise InputError(f"Expected a finished run. {folder} holds no adapter/ or model/ yet: resume it first.")
-    if not any((folder / file).is_file() for file in ("config.json", ADAPTER_FILE)):
-        raise InputError(
-            f"Expected the folder of a model, an adapter or a run. {folder} has neither config.json, "
-            "adapter_config.json nor config.yaml."
-        )
-    return folder
+    raise InputError(
+        f"Expected the folder of a model, an adapter or a run. {folder} has neither config.json, adapter_config.json "
+        "nor config.yaml."
+    )
 
 
 def _adapter_from_hub(name: str) -> str | None:

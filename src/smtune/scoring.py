@@ -196,7 +196,9 @@ class _Net(_Accumulator):
 
 
 class _PerBatch(_Accumulator):
-    """Criteria that are not linear in the gradient need a batch's whole gradient in one piece."""
+    """Criteria that are not linear in the gradient need a batch's whole; it is widened some rows at a time."""
+
+    ROWS = 256
 
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
         if self.last_batch == self.batch:
@@ -205,16 +207,16 @@ class _PerBatch(_Accumulator):
                 "uses. Got a layer used twice. Use the criterion abs_of_sum or net, or leave the layer out."
             )
         self.last_batch = self.batch
-        gradient_OI = grad_y_NO.T @ x_NI
-        self._fold_(gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32)))
+        self.fold_gradient(grad_y_NO.T @ x_NI)
 
     def fold_gradient(self, gradient_OI: Tensor) -> None:
-        self._fold_(gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32), copy=True))
+        dtype = torch.promote_types(gradient_OI.dtype, torch.float32)
+        some_rows = self.target.grid.block_size * max(1, self.ROWS // self.target.grid.block_size)
+        means = [self._tiles(self._measure(rows.to(dtype))).mean((-1, -2)) for rows in gradient_OI.split(some_rows)]
+        self._add(torch.cat(means))
 
-    def _fold_(self, gradient_OI: Tensor) -> None:
-        self._add(self._tiles(self._measure_(gradient_OI)).mean((-1, -2)))
-
-    def _measure_(self, gradient_OI: Tensor) -> Tensor:
+    def _measure(self, gradient: Tensor) -> Tensor:
+        """Of some entries, fp32 or wider: what a block's score is the mean of."""
         raise NotImplementedError
 
     def value(self) -> Tensor:
@@ -222,13 +224,13 @@ class _PerBatch(_Accumulator):
 
 
 class _SumOfAbs(_PerBatch):
-    def _measure_(self, gradient_OI: Tensor) -> Tensor:
-        return gradient_OI.abs_()
+    def _measure(self, gradient: Tensor) -> Tensor:
+        return gradient.abs()
 
 
 class _Fisher(_PerBatch):
-    def _measure_(self, gradient_OI: Tensor) -> Tensor:
-        return gradient_OI.square_()
+    def _measure(self, gradient: Tensor) -> Tensor:
+        return gradient.square()
 
 
 class _Activation(_Accumulator):
@@ -343,11 +345,11 @@ def score(
     failure: Exception | None = None
     try:
         seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
-        if seen == 0:
-            raise InputError("Expected at least one batch to score with. Got an empty iterable.")
     except Exception as error:
         failure = error
     seen = _sum_over_ranks(accumulators, seen, failure)  # raises the failure, on every rank
+    if seen == 0:
+        raise InputError("Expected at least one batch to score with. Got an empty iterable.")
     missing = [name for name, accumulator in accumulators.items() if accumulator.total is None]
     if missing:
         raise InputError(
@@ -596,7 +598,8 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
     """Add the accumulators of all ranks, one at a time; every rank ends with the same.
 
     Every rank takes part in every reduction, also for a layer that none of its batches reached, or ranks would add up
-    different layers. A failure of one rank is raised on all, before any of them waits for it.
+    different layers. A failure of one rank is raised on all, before any of them waits for it, and told by all: a
+    launcher may end the rank before it can.
 
     Returns:
         Batches seen by all ranks.
@@ -611,11 +614,14 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
     counts = torch.tensor([seen, int(failure is not None), *reached], device=device)
     dist.all_reduce(counts)
     seen, failures, *reached = counts.tolist()
-    if failure is not None:
-        raise failure
     if failures:
+        told: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
         raise InputError(
-            f"Expected every rank to score its batches. {failures} of the others failed: see their errors."
+            f"Expected every rank to score its batches. Got {failures} that failed, first rank {rank} with {text}"
         )
     for name, ranks in zip(names, reached):
         accumulator = accumulators[name]

@@ -10,6 +10,8 @@ alone; deepspeed only where it is a parameter's engine.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ def is_sharded(tensor: Tensor | None) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor's values in one piece, detached: a copy of one that is split, else the tensor's own memory."""
     if hasattr(tensor, "full_tensor"):
-        return tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        split: Any = tensor.detach()
+        return split.to(split.device_mesh.device_type).full_tensor()  # NCCL gathers nothing that is offloaded
     if hasattr(tensor, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
@@ -46,9 +49,9 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: the `PeftModel`; of DDP's wrapper and DeepSpeed's engine it is the `module`.
     Returns:
         By name, on the CPU: every parameter that requires a gradient or belongs to an adapter (blocks, trained tokens,
-        `modules_to_save`), and the blocks' indices. A parameter that DeepSpeed holds in 16 bits comes as its fp32
-        master. Empty on every process but the first. Frozen embeddings are not in it: `save_embedding_layers` of
-        `save_pretrained` then has no effect.
+        `modules_to_save`), and the adapters' buffers, such as the blocks' indices. A parameter that DeepSpeed holds in
+        16 bits comes as its fp32 master. Empty on every process but the first. Frozen embeddings are not in it:
+        `save_embedding_layers` of `save_pretrained` then has no effect.
     """
     keeps = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     state = {}
@@ -58,17 +61,14 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
             if keeps:
                 state[name] = value.to("cpu", copy=True)
     if keeps:
-        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if _is_of_blocks(name)}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if is_of_adapter(name)}
+        state |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers.items()}
     return state
 
 
-def _is_of_blocks(name: str) -> bool:
-    return ".smt_blocks." in name
-
-
 def is_of_adapter(name: str) -> bool:
-    """Whether a parameter's name says that it came with an adapter: blocks, copies of modules to save, tokens."""
-    return _is_of_blocks(name) or ".modules_to_save." in name or ".trainable_tokens_" in name
+    """Whether a tensor's name says that it came with an adapter: blocks, copies of modules to save, tokens."""
+    return ".smt_blocks." in name or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from decoders import DECODERS, batches, build
-from dense_twin import check_training, twin
+from dense_twin import check_training, final_logits, mask, train, twin
 from rich.console import Console
 
 import smtune
@@ -154,13 +154,27 @@ def test_the_kinds_travel_with_the_adapter(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["GPT-NeoX", "Falcon", "GPT-J", "Cohere", "GPT-2", "DeepSeek V2 Lite"])
-def test_a_plan_within_a_backward_cost_trains_right(architecture, tmp_path):
-    """Fused, transposed and parallel layers: only the upper ones are trained, and the backward ends there."""
-    base = build(architecture, layers=3)
+def test_plans_for_the_upper_layers_alone_train_right(architecture, tmp_path):
+    """Fused, transposed and parallel layers, of which only the upper ones are targeted, or within a backward cost."""
+    base, mode = build(architecture, layers=3), "additive" if architecture == "Falcon" else "resident"
     expected = twin(base, batches(), layers_to_transform=[1, 2])
     assert 0 < expected.plan.backward_cost <= 1
-    check_training(expected, "additive" if architecture == "Falcon" else "resident", tmp_path)
+    check_training(expected, mode, tmp_path)
     best = {"block_size": 8, "budget": 6, "policy": "global"}
     whole = smtune.make_plan(base, batches(), smtune.SMTConfig(**best))
     limited = smtune.make_plan(base, batches(), smtune.SMTConfig(**best, max_backward_cost=0.7))
     assert limited.backward_cost <= 0.7 < whole.backward_cost == 1
+
+    config = smtune.SMTConfig(**best, mode=mode).with_plan(limited)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    dense = copy.deepcopy(base).requires_grad_(False)
+    weights = []
+    for name in limited.modules:
+        module = dense.get_submodule(name)
+        where = view_OI(mask(limited, name), is_transposed(module))
+        module.weight.requires_grad_().register_hook(lambda gradient, where=where: gradient * where)
+        weights.append(module.weight)
+    losses = train(model, [p for p in model.parameters() if p.requires_grad], batches())
+    assert losses == pytest.approx(train(dense, weights, batches()), rel=1e-5)
+    tuned, expected_logits = (final_logits(each, batches()[0]) for each in (model, dense))
+    torch.testing.assert_close(tuned, expected_logits, rtol=1e-4, atol=1e-5)

@@ -799,6 +799,22 @@ def test_adapters_switch_and_add(mode, dtype):
         check_logits(model, logits(dense_twin(model, names, dtype)), mode)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_deltas_of_16_bits_are_added_in_fp32(mode, dtype):
+    """As after `model.to(torch.bfloat16)`, alone or beside an adapter that came later."""
+    base = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    base.weight.fill_(-1.0)
+    layer = SMTLinear(base, mode, "layer")
+    for name, value, own in (("a", 1.0, torch.bfloat16), ("b", 2.0**-9, dtype)):
+        layer.update_layer(name, BlockIndex.from_pairs(BlockGrid(8, 8, 4), [(0, 1)]))
+        layer.smt_blocks[name].weight.data = torch.full((1, 4, 4), value, dtype=own)
+    layer.set_adapter(["a", "b"])
+    weight = layer(torch.eye(8, dtype=torch.bfloat16)).T
+    assert (weight[:4, 4:] == (2.0**-9 if mode == "resident" else 0.0)).all()  # 1 + 2⁻⁹ is 1 in bf16
+    assert (weight[4:] == -1.0).all()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_two_active_adapters_both_learn(mode):
     model = with_two(mode)

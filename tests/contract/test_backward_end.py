@@ -276,6 +276,40 @@ def test_a_layer_that_is_checkpointed_from_outside_still_gets_its_gradient():
     assert_same(gradients(model), expected)
 
 
+class GradientCheckpointingLayer(LlamaDecoderLayer):
+    """A layer as in transformers before 5.23."""
+
+    def __call__(self, hidden_states, **kwargs):
+        run = partial(super().__call__, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(run, hidden_states)
+        return run(hidden_states)
+
+    def forward(self, hidden_states, **kwargs):
+        return LlamaDecoderLayer.forward.__wrapped__(self, hidden_states, **kwargs)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=["none", "non-reentrant", "reentrant"])
+def test_it_ends_there_in_older_transformers(checkpointing):
+    base = make_base()
+    config = config_of(base, name_of(2, "q_proj"))
+    expected = gradients(peft.get_peft_model(make_base(), config))
+    model = wrapped(base, config, checkpointing)
+    for layer in base.model.layers:
+        layer.__class__ = GradientCheckpointingLayer
+    assert_same(gradients(model), expected)
+    products, _ = backward_products(model)
+    chain = config.plan["backward_cost"] * whole_chain(base)
+    if checkpointing is None:
+        assert saved_below(model, 2) == 0
+        assert products == pytest.approx(chain)
+    elif not checkpointing["use_reentrant"]:  # the lowest trained layer again, at most
+        layer = sum(size for name, size in linear_sizes(base).items() if name.startswith("model.layers.2."))
+        assert chain < products <= chain + 2 * TOKENS * layer
+    scored = smtune.score_blocks(model.unload(), [BATCH], SMTConfig(block_size=16, warmup_steps=1))
+    assert all(scores.sum() > 0 for scores in scored.values())
+
+
 def test_checkpointing_is_as_it_was_after_each_forward():
     base = make_base()
     model = wrapped(base, config_of(base, name_of(2, "q_proj")), {"use_reentrant": True})

@@ -401,3 +401,14 @@ def test_another_block_size_is_swapped_in_where_no_other_adapter_has_the_first(t
     smtune.hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), logits(peft.PeftModel.from_pretrained(make_base(), tmp_path)))
     assert all(isinstance(layer, SMTLinear) for layer in layers(model))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_of_the_head_are_swapped_in(tmp_path, mode):
+    """PEFT saves the frozen weight of a targeted head with them."""
+    saved(tmp_path, make_config(seed=1, budget=30, mode=mode, target_modules=["q_proj", "lm_head"]))
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    model = make_trained(mode=mode)
+    smtune.hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(peft.PeftModel.from_pretrained(make_base(), tmp_path)))

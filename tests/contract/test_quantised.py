@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 
 import peft
 import pytest
@@ -23,8 +24,12 @@ from smtune.tuner import SMTLinear
 from smtune.tuner.quantised import check_backward, dense_weight, is_quantised
 from smtune.tuner.targets import count_parameters
 
-pytest.importorskip("bitsandbytes")
-torchao = pytest.importorskip("torchao.quantization")
+if os.environ.get("SMTUNE_REQUIRE_BITSANDBYTES") != "1":
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quant]'")
+if os.environ.get("SMTUNE_REQUIRE_TORCHAO") != "1":
+    pytest.importorskip("torchao", reason="needs torchao: pip install -e '.[quant]'")
+
+from torchao import quantization as torchao
 
 SIZE = 32
 IDS = torch.arange(4 * 16).view(4, 16) % 128

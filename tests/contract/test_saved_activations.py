@@ -15,6 +15,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import smtune
 from smtune.selection import ModulePlan, Plan
@@ -246,6 +247,33 @@ def test_a_frozen_sibling_needs_no_columns(tiny_llama):
     kept = attention.q_proj._shared.columns().cols
     reads = {col for layer in (attention.q_proj, attention.k_proj) for _, col in layer.learning().pairs}
     assert set(kept) == reads
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_a_frozen_adapter_beside_one_that_learns_costs_nothing(tiny_llama, mode):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, mode, blocks=20, seed=1))
+    model.add_adapter("other", config(tiny_llama, mode, blocks=20, seed=2))
+    model.base_model.set_adapter(["default", "other"])
+    loss = model(**batch()).loss
+    loss.backward()
+    expected = {name: gradient for name, gradient in gradients(model).items() if ".other." in name}
+    model.zero_grad()
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.requires_grad_(False)
+
+    learns = {layer: layer.smt_blocks["other"].places for layer in smt_layers(model) if "other" in layer.smt_blocks}
+    with FlopCounterMode(display=False) as counter:
+        again = model(**batch()).loss
+        again.backward()
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0.0)
+    assert_same(gradients(model), expected, rtol=1e-5, atol=1e-7)
+    n_blocks = sum(map(len, learns.values()))
+    assert n_blocks < sum(len(layer._union) for layer in smt_layers(model))
+    assert counter.get_flop_counts()["Global"][torch.ops.smtune.block_grad] == 2 * N_TOKENS * n_blocks * SIZE**2
+    for attention in attentions(model):
+        reads = {col for layer in attention.children() for _, col in getattr(learns.get(layer), "pairs", ())}
+        assert set(next(layer for layer in attention.children() if layer in learns)._shared.columns().cols) == reads
 
 
 def test_columns_follow_the_active_adapter(tiny_llama):

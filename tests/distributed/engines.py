@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import smtune
 from smtune import InputError
@@ -47,6 +50,9 @@ REQUIRE_DEEPSPEED = "SMTUNE_REQUIRE_DEEPSPEED"
 BY_PARTS = {"ZeRO-3, zero.Init": "ZeRO-3", "FSDP2, loaded by rank 0": "FSDP2"}
 """Engines that split the weights while they are loaded: then there is nothing to score with, and the plan is read."""
 
+FULL = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+"""Engines that do full fine-tuning, too."""
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 
 
@@ -59,10 +65,14 @@ def write_base(folder: Path) -> None:
 
     write_tiny_base(folder / "base")
     write_lines(folder / "rows.jsonl", sums(32))
+    shutil.copytree(folder / "base", folder / "tied")
+    tied = AutoConfig.from_pretrained(folder / "base", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tied).save_pretrained(folder / "tied")
 
 
-def load_base(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+def load_base(folder: Path, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
 
 
 def random_batch(seed: int) -> torch.Tensor:
@@ -115,15 +125,15 @@ def make_optimizer(model, kind=torch.optim.AdamW):
     return kind(trained, lr=LEARNING_RATE, eps=EPS, weight_decay=0.0)
 
 
-def train_by_torch(model, rank: int = 0, size: int = 1) -> Seen:
-    """One process, or DDP."""
+def train_by_torch(model, ranks: Sequence[int] = (0,), size: int = 1) -> Seen:
+    """One process, with the rows of some ranks in turn, or DDP."""
     seen, optimizer = Seen(), make_optimizer(model)
     for step in range(STEPS):
-        batches = micro_batches(step, rank, size)
+        batches = [ids for rank in ranks for ids in micro_batches(step, rank, size)]
         for ids in batches:
             adds_up = ids is not batches[-1] and hasattr(model, "no_sync")
             with model.no_sync() if adds_up else nullcontext():
-                (model(input_ids=ids, labels=ids).loss / ACCUMULATION).backward()
+                (model(input_ids=ids, labels=ids).loss / len(batches)).backward()
             seen.evaluate(model, ids)
         seen.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
@@ -228,7 +238,7 @@ def run_ddp(engine: str, folder: Path, mode: str) -> dict:
     base = load_base(folder)
     plan = plan_for(engine, folder, base, mode)
     model = DistributedDataParallel(peft.get_peft_model(base, smt_config(mode).with_plan(plan)))
-    seen = train_by_torch(model, dist.get_rank(), WORLD_SIZE)
+    seen = train_by_torch(model, [dist.get_rank()], WORLD_SIZE)
     return finish(folder, mode, model.module, model, seen, plan, None)
 
 
@@ -269,6 +279,24 @@ def run_zero(engine: str, folder: Path, mode: str) -> dict:
     result = finish(folder, mode, model, wrapped, seen, plan, users)
     wrapped.destroy()
     return result
+
+
+def on_bf16(folder: Path):
+    """A bf16 base with resident blocks, which are fp32."""
+    plan = smtune.Plan.load(folder / "plan.json")
+    return peft.get_peft_model(load_base(folder, torch.bfloat16), smt_config("resident").with_plan(plan))
+
+
+def run_on_bf16(folder: Path) -> dict:
+    """FSDP2, which shards both dtypes together."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATION)
+    model = on_bf16(folder)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
+    seen = train_by_accelerate(accelerator, model, optimizer)
+    return {"losses": seen.losses, "state": smtune.trained_state_dict(model)}
 
 
 def run_in_bf16(engine: str, folder: Path) -> dict:
@@ -400,8 +428,37 @@ def by_trainer(values: dict, **options):
         trainer.TrainingArguments = original
 
 
+@contextmanager
+def wrapped_by(engine: str):
+    """Fail unless every step of Trainer is one of this engine: DDP, to which it could fall back, trains the same."""
+    original, seen = trainer.RecipeTrainer.training_step, set()
+
+    def training_step(self, model, *args, **kwargs):
+        seen.add(engine_of(model))
+        return original(self, model, *args, **kwargs)
+
+    trainer.RecipeTrainer.training_step = training_step
+    try:
+        yield
+    finally:
+        trainer.RecipeTrainer.training_step = original
+    assert seen == {engine}, f"Trainer trained by {seen}"
+
+
+def engine_of(model) -> str:
+    """What has wrapped a model: "DDP", "FSDP2", "ZeRO-1" and so on, or "none"."""
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    if hasattr(model, "zero_optimization_stage"):
+        return f"ZeRO-{model.zero_optimization_stage()}"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "FSDP2"
+    return "DDP" if isinstance(model, DistributedDataParallel) else "none"
+
+
 def run_trainer(engine: str, folder: Path) -> None:
-    """A whole run, and one that is stopped after step 3 and resumed from the checkpoint of step 2."""
+    """A whole run, one that is stopped after step 3 and resumed from the checkpoint of step 2, and full fine-tuning."""
     training = {}
     if engine.startswith("ZeRO"):
         config = json.loads((EXAMPLES / ("zero3-offload.json" if "offload" in engine else "zero3.json")).read_text())
@@ -409,7 +466,7 @@ def run_trainer(engine: str, folder: Path) -> None:
         training["deepspeed"] = config
     if engine == "FSDP2":
         training["fsdp"] = {}  # its checkpoints are whole; those of fsdp2.yaml, and so of "loaded by rank 0", sharded
-    values = partial(recipe, folder, processes=WORLD_SIZE, mode="resident", **training)
+    values = partial(recipe, folder, processes=WORLD_SIZE, **training)  # "auto": resident, also when resumed
     for output in ("whole", "stopped"):
         config = values(output)
         if engine in BY_PARTS:
@@ -422,6 +479,11 @@ def run_trainer(engine: str, folder: Path) -> None:
         except Stop:
             dist.barrier()
         by_trainer(config, resume=True)
+    if engine in FULL:
+        # TrainingArguments refuses bf16 where there is no GPU, unless told to use the CPU, which DeepSpeed's are not.
+        with mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
+            for dtype in ("float32", "bfloat16") if engine.startswith("ZeRO") else ("float32",):
+                by_trainer(values(f"full-{dtype}") | {"method": "full", "dtype": dtype, "model": str(folder / "tied")})
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -501,9 +563,12 @@ def main(engine: str, folder: Path) -> None:
             results["scoring"] = score_sharded(engine, folder)
         if engine in ("ZeRO-2", "ZeRO-3"):
             results["bf16"] = run_in_bf16(engine, folder)
+        if engine == "FSDP2":
+            results["bf16 base"] = run_on_bf16(folder)
         if engine in ("DDP", "FSDP2"):
             results["bytes"] = {method: bytes_reduced(engine, folder, method) for method in ("smt", "full")}
-        run_trainer(engine, folder)
+        with wrapped_by(BY_PARTS.get(engine, engine).removesuffix(" + CPUAdam offload")):
+            run_trainer(engine, folder)
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

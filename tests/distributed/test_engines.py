@@ -7,6 +7,7 @@ nightly. Where deepspeed is missing its tests skip, or fail with SMTUNE_REQUIRE_
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def alone(tmp_path_factory):
     plan.save(folder / "plan.json")
     with engines.acting_as("resident"):
         engines.by_trainer(engines.recipe(folder, "whole", mode="resident"))
+    full = {"method": "full", "model": str(folder / "tied")}
+    engines.by_trainer(engines.recipe(folder, "full-float32") | full)
     (folder / "trainer-plan.json").write_bytes((folder / "whole" / "plan.json").read_bytes())
     return folder, plan, seen
 
@@ -90,7 +93,7 @@ def ranks(engine, alone, launched, tmp_path_factory):
     """(folder, what each process saw) of an engine, started once for all tests."""
     if engine not in launched:
         folder = tmp_path_factory.mktemp("engine")
-        for name in ("base", "rows.jsonl", "plan.json", "trainer-plan.json"):
+        for name in ("base", "tied", "rows.jsonl", "plan.json", "trainer-plan.json"):
             (folder / name).symlink_to(alone[0] / name)
         launched[engine] = folder, launch(engine, folder)
     if isinstance(launched[engine][1], str):
@@ -150,6 +153,32 @@ def test_the_fp32_master_of_bf16_blocks_is_saved(engine, ranks):
         assert saved[name].dtype == torch.float32
         assert torch.equal(saved[name].bfloat16(), block)
         assert (saved[name] != block).any()  # it has bits that bf16 has not
+
+
+@over("FSDP2")
+def test_fp32_blocks_on_a_bf16_base(engine, alone, ranks):
+    """Both dtypes are sharded together. One process takes the ranks' rows in turn: bf16 gradients round for each."""
+    model = engines.on_bf16(alone[0])
+    expected = engines.train_by_torch(model, range(WORLD_SIZE), WORLD_SIZE)
+    losses = torch.tensor(expected.losses).unflatten(0, (engines.STEPS, WORLD_SIZE, -1))
+    for rank, seen in enumerate(ranks[1]):
+        assert seen["bf16 base"]["losses"] == pytest.approx(losses[:, rank].flatten().tolist(), rel=1e-5)
+    assert_same_tensors(ranks[1][0]["bf16 base"]["state"], smtune.trained_state_dict(model), 1e-5)
+
+
+@over(*engines.FULL)
+def test_full_fine_tuning_is_saved_whole(engine, alone, ranks):
+    """Once where embeddings are tied, and in fp32: of a model that DeepSpeed has in bf16, its master."""
+    expected, found = (load_file(path / "full-float32/model/model.safetensors") for path in (alone[0], ranks[0]))
+    assert_same_tensors(found, expected)
+    assert "lm_head.weight" not in found
+    if engine.startswith("ZeRO"):
+        folder = ranks[0] / "full-bfloat16" / "model"
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            assert tensor.dtype == torch.float32
+            assert (tensor != tensor.bfloat16()).any(), name
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-2)
 
 
 @pytest.mark.support("Engines", row="{engine}", column="scoring", against="one process that sees all batches")

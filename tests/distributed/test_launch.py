@@ -58,6 +58,13 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert results[0][key] == results[1][key], key
 
 
+def assert_parts_by_zero(run: Path, *states: str) -> None:
+    """Its checkpoint has both processes' parts of these states: DDP, to which Trainer may fall back, has none."""
+    (checkpoint,) = (run / "checkpoints").glob("checkpoint-*")
+    for name in states:
+        assert len([*checkpoint.glob(f"global_step*/*zero_pp_rank_*_{name}_states.pt")]) == 2, name
+
+
 @pytest.mark.support("Engines", row="DDP", column="smtune train --nproc", against="smtune train, one process")
 def test_nproc_trains_as_one_process(folder, alone):
     done = engines.call([*SMTUNE, "train", write_recipe(folder, "two"), "--nproc", "2"], folder)
@@ -113,6 +120,7 @@ def test_accelerate_launch_with_deepspeed(folder, alone):
     command = [*accelerate, *engine, *port, *SMTUNE[1:], "train", write_recipe(folder, "accelerated")]
     done = engines.call(command, folder)
     assert done.returncode == 0, done.stderr
+    assert_parts_by_zero(folder / "accelerated", "optim")
     assert_same_run(folder / "accelerated", alone)
 
 
@@ -133,6 +141,7 @@ def test_zero_3_trains_a_bf16_base_as_one_process_and_evaluates(folder, alone):
     assert done.returncode == 0, done.stderr
 
     runs = [folder / "bf16-alone", folder / "bf16-two"]
+    assert_parts_by_zero(runs[1], "optim", "model")
     losses = [[event["loss"] for event in read_metrics(run / "metrics.jsonl")] for run in runs]
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)  # with an fp32 base it is 6e-5 away
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -84,8 +84,9 @@ def rank_main(rank: int, port: int, folder) -> None:
     try:
         planned = score_and_plan(make_batches()[rank::WORLD_SIZE])
         branch = score_branch(branch_batches()[rank::WORLD_SIZE])
-        failure = failure_of(make_batches()[:1] if rank == 0 else [])
-        torch.save((planned, branch, failure), folder / f"{rank}.pt")
+        few = dict(smtune.score_blocks(make_model(), make_batches()[:1][rank::WORLD_SIZE], make_config("net")))
+        failures = failure_of([]), failure_of([make_batches()[0], None][rank::WORLD_SIZE])
+        torch.save((planned, branch, few, failures), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -96,7 +97,7 @@ def test_two_ranks_score_and_plan_as_one_process(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(rank_main, args=(port, tmp_path), nprocs=WORLD_SIZE)
-    (first, branch, failure), (second, second_branch, second_failure) = (
+    (first, branch, few, failures), (second, second_branch, second_few, second_failures) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)
     )
     alone = score_and_plan(make_batches())
@@ -116,9 +117,16 @@ def test_two_ranks_score_and_plan_as_one_process(tmp_path):
         blocks, expected_blocks = ([each["blocks"] for each in p["modules"]] for p in (plan, expected_plan))
         assert blocks == expected_blocks
 
-    # A layer that only one rank reaches is not mistaken for another; a rank without batches stops both.
+    # A layer that only one rank reaches is not mistaken for another.
     for name, score in score_branch(branch_batches()).items():
         torch.testing.assert_close(branch[name], score, rtol=1e-4, atol=1e-8)
         assert torch.equal(branch[name], second_branch[name])
-    assert "every rank to score" in failure
-    assert "at least one batch" in second_failure
+    # One batch for two ranks is enough; a failure of either is told by both.
+    for name, score in smtune.score_blocks(make_model(), make_batches()[:1], make_config("net")).items():
+        torch.testing.assert_close(few[name], score, rtol=1e-4, atol=1e-8)
+        assert torch.equal(few[name], second_few[name])
+    assert "at least one batch" in failures[0]
+    assert "at least one batch" in second_failures[0]
+    assert "every rank to score its batches. Got 1 that failed, first rank 1 with InputError: Expected" in failures[1]
+    for text in (failures[1], second_failures[1]):
+        assert "NoneType at batch 1" in text

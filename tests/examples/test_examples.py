@@ -47,6 +47,7 @@ def needs(package):
 
 needs_trl = needs("trl")
 needs_lightning = needs("lightning")
+needs_bitsandbytes = needs("bitsandbytes")
 
 
 def load_example(name):
@@ -304,9 +305,9 @@ def test_sft_trainer_takes_a_ready_model_as_it_takes_a_configuration(base, rows,
 
 
 @needs_trl
+@needs_bitsandbytes
 @pytest.mark.parametrize("name", ["trl_sft", "trl_dpo"])
 def test_trl_trains_fp32_blocks_on_a_base_of_bitsandbytes(base, rows, pairs, tmp_path, record, name):
-    pytest.importorskip("bitsandbytes")
     quantised = str(tmp_path / "base")
     four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     transformers.AutoModelForCausalLM.from_pretrained(

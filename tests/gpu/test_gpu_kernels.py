@@ -124,6 +124,23 @@ def test_a_step_does_not_wait_for_the_gpu(dtype, operator):
         step()
 
 
+@pytest.mark.parametrize("active", [["default"], ["default", "other"]], ids=str)
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_a_layer_with_two_adapters_does_not_wait_for_the_gpu(mode, active):
+    def config(seed):
+        return SMTConfig(
+            target_modules=["0"], block_size=16, budget=7, criterion="random", mode=mode, seed=seed, init_weights=False
+        )
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 96)), config(0)).to("cuda")
+    model.add_adapter("other", config(1))
+    model.base_model.set_adapter(active)
+    x, grad_y = torch.randn(1000, 64, device="cuda"), torch.randn(1000, 96, device="cuda")
+    model(x).backward(grad_y)  # tunes, and copies the tables
+    with no_synchronisation():
+        model(x).backward(grad_y)
+
+
 def test_a_captured_graph_gives_the_same_bits():
     index = random_index(64)
     grad_y, x = operands(index, 1000, torch.bfloat16)

@@ -276,3 +276,22 @@ def test_preference_training_needs_a_plan(base, configure, tmp_path):
     model, config = plugin.load_adapter(load_model(base), cfg, config_only=True)
     assert model is None
     assert config.get_plan().to_dict() == plan.to_dict()
+
+
+def test_a_plan_is_taken_from_a_run_that_is_resumed(base, configure, tmp_path):
+    from axolotl.integrations.base import PluginManager
+
+    def plan(**changes):
+        smt = {"budget": 12, "block_size": 16, "criterion": "random", **changes}
+        cfg = configure(smt=smt, auto_resume_from_checkpoints=True)
+        plugin = PluginManager.get_instance().plugins["smtune.integrations.axolotl.SMTPlugin"]
+        plugin.load_datasets(cfg)
+        return plugin.load_adapter(load_model(base), cfg, config_only=True)[1].get_plan()
+
+    assert plan(seed=1).n_blocks == 12
+    first = plan(budget=5)  # without a checkpoint it is a new run
+    assert first.n_blocks == 5
+    (tmp_path / "run/checkpoint-2").mkdir()
+    assert plan(budget=5, block_size="auto") == first
+    with pytest.raises(InputError, match="Got budget 6, not 5; seed 3, not 0: put them back"):
+        plan(budget=6, seed=3)

@@ -234,6 +234,21 @@ def test_flop_counter_mode_sees_the_operator():
     assert counter.get_total_flops() == 2 * (2 * 96 * 512 * 640) + 2 * len(index) * 64**2 * 96
 
 
+def test_cost_of_an_additive_layer_counted():
+    """The frozen layer's two products and three of the blocks; no (O, I) tensor, neither D nor its gradient."""
+    x, weight, blocks, index = layer_case()
+
+    def step():
+        additive_block_linear(F.linear(x, weight), x, blocks, index).sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == 2 * (2 * 96 * 512 * 640) + 3 * (2 * len(index) * 64**2 * 96)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    assert max(event.self_cpu_memory_usage for event in prof.events()) == 96 * 640 * 4  # dX
+
+
 def test_x_without_gradient_costs_no_dx():
     x, weight, blocks, index = layer_case()
     y = block_linear(x.detach(), weight, None, blocks, index)

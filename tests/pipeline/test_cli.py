@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -72,12 +73,12 @@ pytestmark = pytest.mark.usefixtures("errors_to_stderr")
 
 
 def test_compare(config, capsys, tmp_path):
-    def results(name, right, **header):
+    def results(name, right, n=8, key="k", **header):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         items = [
-            {"key": f"k{k}", "task": "AddSub", "index": k, "answer": "1", "prediction": 1.0, "correct": k in right}
-            for k in range(header.pop("n", 8))
+            {"key": f"{key}{k}", "task": "AddSub", "index": k, "answer": "1", "prediction": 1.0, "correct": k in right}
+            for k in range(n)
         ]
         lines = [{"run": {"protocol": "generate", "model": name, "dtype": "float32"} | header}, *items]
         (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -88,20 +89,20 @@ def test_compare(config, capsys, tmp_path):
     out, err = run(capsys, "compare", "a", b)
     row = next(line for line in out.splitlines() if "AddSub" in line)
     assert [cell.strip() for cell in row.split("│")[2:4]] == ["8", "+0.375"]
-    assert [cell.strip() for cell in row.split("│")[5:7]] == ["4", "1"] and not err
+    assert [cell.strip() for cell in row.split("│")[5:7]] == ["4", "1"]
+    assert not err
     out, err = run(capsys, "compare", a, results("c", {0}, n=6, dtype="bfloat16"))
-    assert "differ in dtype too: float32 and bfloat16" in err and "2 items that only one" in err
+    assert "differ in dtype too: float32 and bfloat16" in err
+    assert "2 items that only one" in err
 
     _, err = run(capsys, "compare", "a", results("d", {0}, protocol="likelihood"), code=2)
-    assert "one protocol" in err and "generate and likelihood" in err
+    assert "by one protocol. Got generate and likelihood" in err
     results("a/evaluation/generate-bfloat16", {0})
     _, err = run(capsys, "compare", "a", "b", code=2)
-    assert "Name one of" in err and "a/evaluation/generate-bfloat16" in err
+    assert "Name one of a/evaluation/generate-bfloat16, a/evaluation/generate-float32" in err
     _, err = run(capsys, "compare", "nowhere", "b", code=2)
     assert "smtune evaluate" in err
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "items.jsonl").write_text((b / "items.jsonl").read_text().replace('"k', '"other'))
-    _, err = run(capsys, "compare", "e", "b", code=2)
+    _, err = run(capsys, "compare", results("e", {0}, key="other"), b, code=2)
     assert "none in common" in err
 
 
@@ -292,6 +293,47 @@ def test_results_of_other_weights_are_not_taken_for_these(config, capsys, tmp_pa
     assert "Got those of another: model" in err
 
 
+def test_a_renamed_run_keeps_its_results(config, capsys, tmp_path):
+    run(capsys, "train", config)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    items = tmp_path / "renamed/evaluation/generate-float32/items.jsonl"
+    kept = items.read_text()
+    run(capsys, "evaluate", "renamed", "--tasks", "AddSub", "--source", "tests")
+    assert items.read_text() == kept
+
+
+def test_results_of_another_run_are_refused_before_the_model_is_loaded(config, base, capsys, monkeypatch):
+    evaluate = ("evaluate", base, "--tasks", "AddSub", "--source", "tests", "--output", "results")
+    run(capsys, *evaluate)
+    monkeypatch.setattr(models, "load_merged", lambda *args: pytest.fail("loaded"))
+    for changes, difference in (
+        (("--dtype", "bfloat16"), "dtype 'float32', not 'bfloat16'"),
+        (("--beams", "2"), "beams None, not 2"),
+    ):
+        _, err = run(capsys, *evaluate, *changes, code=2)
+        assert f"Got those of another: {difference}" in err
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_blocks_in_a_tied_head(config, base, capsys, tmp_path):
+    """They cannot be merged: a dense warm-up, which ends so, is refused, and an evaluation takes the adapter."""
+    shutil.copytree(base, "tied", ignore=shutil.ignore_patterns("*.safetensors"))
+    tied = AutoConfig.from_pretrained(base, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(tied).save_pretrained("tied")
+    smt = "block_size: 2, budget: 12, target_modules: [q_proj, lm_head]"
+    dense = ("train", config, "model=tied", f"smt={{{smt}, dense_warmup_steps: 1}}")
+    for flags in ([], ["--dry-run"]):
+        _, err = run(capsys, *dense, *flags, code=2)
+        assert "Got lm_head, whose weight another module shares: leave it out of smt.target_modules" in err
+    assert not (tmp_path / "run").exists()
+    run(capsys, *dense, "smt.target_modules=[q_proj]", "--dry-run")
+
+    out, _ = run(capsys, "train", config, "model=tied", f"smt={{{smt}, warmup_steps: 1}}")
+    assert smtune.Plan.load("run/plan.json").modules["lm_head"].rows
+    assert "AddSub" in out
+
+
 def test_what_evaluation_would_refuse_is_refused_before_training(config, capsys, tmp_path):
     for change, message in (
         ("evaluation.protocol=likelihood", "tasks with options"),
@@ -422,6 +464,25 @@ def test_too_little_memory_is_told_with_what_to_do(config, capsys, monkeypatch):
     values, named = load_config(config), re.findall(r"(training|smt|evaluation)\.(\w+)", err)
     assert {section for section, _ in named} == {"training", "smt", "evaluation"}
     assert all(hasattr(getattr(values, section), key) for section, key in named), named
+
+
+def test_of_several_processes_the_first_tells(config, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    waited = []
+    monkeypatch.setattr(training, "train", fail)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for error in (
+            smtune.InputError("no rows"),
+            OSError(errno.EACCES, "Permission denied", "rows.jsonl"),
+            torch.OutOfMemoryError("none left"),
+        ):
+            _, err = run(capsys, "train", config, code=2)
+            assert f"smtune: {error}" in err
+    assert len(waited) == 3
 
 
 @pytest.mark.parametrize("word", ["version", "--version"])

@@ -288,6 +288,17 @@ def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing half-begun
 
 
+@pytest.mark.parametrize("given", [["--tier", "smollm2"], ["--scale", "paper"]])
+def test_resume_takes_no_other_tier(given, capsys, tmp_path):
+    setting = {"tier": "mini", "data": None, "steps": None, "items": None}
+    asked = {"experiments": ["memory"], "setting": setting, "seeds": None, "max_cells": None}
+    (tmp_path / "request.json").write_text(json.dumps(asked))
+    call = ["reproduce", "--resume", "--output", str(tmp_path)]
+    assert cli.run([*call, *given]) == 2
+    assert f", mini. Got {' '.join(given)}: leave it out" in capsys.readouterr().err
+    assert cli.run([*call, "--tier", "mini", "--scale", "embedded", "--list"]) == 0
+
+
 def test_the_model_of_the_tier_is_what_it_says(cache):
     folder = mini.folder()
     source = json.loads((folder / "source.json").read_text(encoding="utf-8"))

@@ -25,11 +25,14 @@ from transformers import (
 
 import smtune
 from smtune import InputError
+from smtune.data import prepare
+from smtune.evaluation import answer_loss
 from smtune.models import load_model, load_tokenizer
 from smtune.training import callbacks, dry_run, load_config, lock, read_metrics, run, select_plan, train, trainer
 from smtune.training.folder import COMPLETE, RunFolder
 from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
+from tiny_base import sums, write_lines
 
 METHODS = ["smt", "lora", "dora", "full"]
 
@@ -112,11 +115,15 @@ def test_what_was_trained_loads_by_the_folder(configure, quiet, base, method):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_every_method_sees_the_same_rows_in_the_same_order(configure, quiet, grouped):
-    def batches(method):
+def test_every_method_sees_the_same_rows_in_the_same_order(configure, quiet, grouped, tmp_path):
+    of_many_lengths = [{"prompt": f"{k} " + "+ 1 " * (k % 12), "completion": "= 1"} for k in range(24)]
+    file = write_lines(tmp_path / "rows.jsonl", of_many_lengths)
+
+    def batches(method, grouped=grouped):
         seen = Seen()
         overrides = ["training.epochs=2", "training.max_steps=null", f"training.group_by_length={grouped}"]
-        train(configure(*overrides, method=method, output=method), console=quiet, callbacks=[seen])
+        overrides.append(f"data.train={file}")
+        train(configure(*overrides, method=method, output=f"{method}-{grouped}"), console=quiet, callbacks=[seen])
         return seen.batches
 
     first = batches("smt")
@@ -126,6 +133,9 @@ def test_every_method_sees_the_same_rows_in_the_same_order(configure, quiet, gro
         other = batches(method)
         assert len(other) == len(first)
         assert all(torch.equal(left, right) for left, right in zip(first, other))
+    if grouped:
+        sizes = [sum(ids.numel() for ids in seen) for seen in (first, batches("lora", grouped=False))]
+        assert sizes[0] < sizes[1]  # of the same rows: there is less padding
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -147,6 +157,56 @@ def test_a_resumed_run_ends_with_the_same_bits(configure, quiet, method):
     assert [part["step"] for part in json.loads(folder.environment.read_text())["resumed"]] == [8]
 
 
+@pytest.mark.parametrize("method", ["smt", "full"])
+def test_rows_held_out(configure, quiet, method):
+    """Their loss stands beside the training's; they change nothing of what is trained but that they are not."""
+    seen = Seen()
+    options = ["data.validation=5", "training.epochs=2", "training.max_steps=null", "training.save_steps=4"]
+    config = configure(*options, method=method, output="whole")
+    whole = train(config, console=quiet, callbacks=[seen])
+    folder = RunFolder(config.output)
+    data = json.loads(folder.data.read_text())
+    assert data["n_examples"] == 24
+    losses = {event["step"]: event["eval_loss"] for event in read_metrics(folder.metrics) if "eval_loss" in event}
+    assert [*losses] == [4, 8, 10]  # two epochs of five steps
+    assert (whole.steps, whole.eval_loss) == (10, losses[10])
+    assert losses[10] < losses[4]
+
+    tokenizer = load_tokenizer(whole.folder)
+    every = [tokenizer.decode(row[row != tokenizer.pad_token_id]) for batch in seen.batches for row in batch]
+    counts = [every.count(text) for text in set(every)]
+    assert sorted(counts) == [2] * 19 + [3] * 5  # in two epochs; after three steps
+
+    stopped = configure(*options, method=method, output="stopped")
+    with pytest.raises(Stop):
+        train(stopped, console=quiet, callbacks=[StopAt(6)])
+    resumed = train(stopped, resume=True, console=quiet)
+    assert same(trained_tensors(resumed), trained_tensors(whole))
+    assert untimed(RunFolder(stopped.output).metrics) == untimed(folder.metrics)
+
+
+def test_a_file_of_rows_held_out(configure, quiet, tmp_path, base):
+    file = write_lines(tmp_path / "held-out.jsonl", sums(7)[-4:])
+    config = configure(f"data.validation={file}")
+    result = train(config, console=quiet)
+    model, tokenizer = load_model(result.folder), load_tokenizer(result.folder)
+    rows, _ = prepare(str(file), tokenizer, max_length=64)
+    assert result.eval_loss == pytest.approx(answer_loss(model, tokenizer, rows, batch_size=2), rel=0.05)
+    assert str(file) in json.loads(RunFolder(config.output).data.read_text())["validation"]["sources"]
+    assert "Held out: 4" in dry_run(configure(f"data.validation={file}", output="other")).data
+
+    (tmp_path / "run/result.json").unlink()
+    write_lines(file, sums(7)[:4])
+    with pytest.raises(InputError, match="held-out.jsonl"):
+        train(config, resume=True, console=quiet)
+
+
+def test_not_all_rows_can_be_held_out(configure):
+    assert dry_run(configure("data.validation=23")).rows == 1
+    with pytest.raises(InputError, match=r"data\.validation: expected fewer rows.*24 of 24"):
+        dry_run(configure("data.validation=24"))
+
+
 def test_resume_with_grouped_rows(configure, quiet):
     options = ["training.epochs=3", "training.max_steps=null", "training.group_by_length=true"]
     whole = train(configure(*options, output="whole"), console=quiet)
@@ -154,6 +214,8 @@ def test_resume_with_grouped_rows(configure, quiet):
     with pytest.raises(Stop):
         train(config, console=quiet, callbacks=[StopAt(11)])
     assert same(trained_tensors(train(config, resume=True, console=quiet)), trained_tensors(whole))
+    in_any_order = train(configure(*options[:2], output="ungrouped"), console=quiet)
+    assert not same(trained_tensors(in_any_order), trained_tensors(whole))
 
 
 def test_resume_from_any_remains(configure, quiet):
@@ -584,9 +646,11 @@ def test_a_trained_parameter_in_16_bits_is_refused():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_changes_nothing_but_memory(configure, quiet, method):
+def test_gradient_checkpointing_changes_nothing_but_memory(configure, quiet, method, attention_runs):
     plain = train(configure(method=method, output="plain"), console=quiet)
+    n_runs = len(attention_runs)
     saving = train(configure("training.gradient_checkpointing=true", method=method, output="saving"), console=quiet)
+    assert len(attention_runs) - n_runs == 2 * n_runs  # in scoring and in training each is run again for its backward
     left, right = trained_tensors(plain), trained_tensors(saving)
     assert left.keys() == right.keys()
     for name in left:
@@ -679,3 +743,58 @@ def test_ordinary_use_prints_no_warning(configure):
     loud = ("kernels", "torchao", "_pytree.py")
     lines = [line for line in done.stderr.splitlines() if not any(word in line for word in loud)]
     assert all(line.startswith(("Data:", "Plan:", "Training ", "step ")) for line in lines), done.stderr
+
+
+def test_full_fine_tuning_saves_buffers_too(configure, quiet):
+    class WithBuffers(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.register_buffer("counts", torch.arange(3))
+            model.register_buffer("passing", torch.arange(3), persistent=False)
+
+    tensors = trained_tensors(train(configure(method="full"), console=quiet, callbacks=[WithBuffers()]))
+    assert torch.equal(tensors["counts"], torch.arange(3))
+    assert "passing" not in tensors
+
+
+def test_another_engine_is_another_run(configure, quiet, monkeypatch):
+    config = configure()
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    file = RunFolder(config.output).environment
+    started = json.loads(file.read_text())
+    assert started["engine"] == "none"
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(InputError, match=r"engine that made the checkpoints in .*run, none.*Got deepspeed: start"):
+            dry_run(config, resume=True, processes=1)
+    for engine in ("deepspeed", "fsdp"):
+        file.write_text(json.dumps(started | {"engine": engine}))
+        with pytest.raises(InputError, match=rf"run, {engine}, which alone.*Got none: start"):
+            train(config, resume=True, console=quiet)
+    del started["engine"]  # as older records
+    file.write_text(json.dumps(started))
+    assert train(config, resume=True, console=quiet).steps == STEPS
+    assert json.loads(file.read_text())["resumed"][0]["engine"] == "none"
+
+
+def test_what_renames_parameters_under_fsdp_is_refused(configure, monkeypatch):
+    for keys, message in [
+        ("activation_checkpointing: true", r"set training\.gradient_checkpointing instead"),
+        ("fsdp_activation_checkpointing: true", r"set training\.gradient_checkpointing instead"),
+        ("version: 1", "Got FSDP1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            dry_run(configure(f"training.fsdp={{{keys}}}"), processes=2)
+    assert dry_run(configure("training.fsdp={activation_checkpointing: false}"), processes=2).steps == STEPS
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    trainer.check_engine(configure())  # no FSDP
+    with pytest.raises(InputError, match=r"training\.gradient_checkpointing"):
+        dry_run(configure("training.fsdp={}"), processes=2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="Got FSDP1"):
+        trainer.check_engine(configure())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match=r"training\.gradient_checkpointing"):
+        trainer.check_engine(configure())
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    trainer.check_engine(configure())

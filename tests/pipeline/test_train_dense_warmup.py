@@ -291,8 +291,10 @@ def test_a_warmed_model_that_is_gone_is_made_again(configure, quiet, whole):
     assert same(trained_tensors(result), trained_tensors(whole))
 
 
-def test_checkpointed_activations_change_nothing_but_memory(configure, quiet, whole):
+def test_checkpointed_activations_change_nothing_but_memory(configure, quiet, whole, attention_runs):
     saving = train(configure(SMT, "training.gradient_checkpointing=true"), console=quiet)
+    # Of 2 layers, in 2 batches a step, once for the forward and once for the backward.
+    assert len(attention_runs) == 2 * 2 * 2 * (WARMUP_STEPS + STEPS)
     left, right = trained_tensors(whole), trained_tensors(saving)
     for name in left:
         torch.testing.assert_close(left[name], right[name])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from smtune.depth import backward_costs, backward_end, siblings
+from smtune.tuner.targets import ATTENTION
 
 Q, KV, OUT, GATE = 64 * 64, 32 * 64, 64 * 64, 128 * 64  # of `tiny_llama`: up and down are as large as gate
 HEAD = 256 * 64
@@ -21,6 +22,13 @@ def test_siblings_read_one_input():
     assert siblings("encoder.layer.0.attention.self.value") == {"query", "key", "value"}
     assert siblings("model.layers.0.mlp.up_proj") == {"gate_proj", "up_proj"}
     assert siblings("lm_head") == {"lm_head"}
+
+
+def test_every_architecture_with_q_k_and_v_of_its_own_shares_their_input():
+    for name, layouts in ATTENTION.items():
+        by_kind = {kind: last for last, kind in layouts.items() if isinstance(kind, str)}
+        if len(layouts) == 3 and by_kind.keys() == {"q", "k", "v"}:
+            assert siblings(by_kind["q"]) >= set(layouts), name
 
 
 def test_costs_of_transposed_layers_by_hand():

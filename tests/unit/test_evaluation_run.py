@@ -243,6 +243,19 @@ def test_results_of_another_run_are_not_mixed_in(model, tokenizer, tmp_path, cha
     assert (tmp_path / "items.jsonl").read_text() == before
 
 
+def test_the_same_weights_by_another_name_go_on(model, tokenizer, tmp_path):
+    kwargs = {"out_dir": tmp_path, "max_new_tokens": 4}
+    evaluate(model, tokenizer, number_items(1), model_id="run (0123456789ab)", **kwargs)
+    evaluate(model, tokenizer, number_items(2), model_id="renamed (0123456789ab)", **kwargs)
+    assert len(load_run(tmp_path)[1]) == 2
+    with pytest.raises(InputError, match="Got those of another: model"):
+        evaluate(model, tokenizer, number_items(2), model_id="run (0123456789ac)", **kwargs)
+    kwargs["out_dir"] = tmp_path / "unknown"
+    evaluate(model, tokenizer, number_items(1), model_id="a/b (unknown revision)", **kwargs)
+    with pytest.raises(InputError, match="Got those of another: model"):
+        evaluate(model, tokenizer, number_items(1), model_id="c/d (unknown revision)", **kwargs)
+
+
 @pytest.mark.parametrize("text", ["", "\n", "{}\n", '{"run": {}}\nnot json\n', '{"run": {}}\n{"key": 1}\n'])
 def test_a_damaged_run_is_an_error(tmp_path, text):
     (tmp_path / "items.jsonl").write_text(text)

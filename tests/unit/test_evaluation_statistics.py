@@ -10,10 +10,12 @@ from smtune.evaluation.statistics import (
     Estimate,
     accuracy,
     accuracy_over_seeds,
+    accuracy_over_tests,
     difference_over_seeds,
     difference_over_tests,
     mcnemar,
     mean,
+    mean_over_seeds,
     p_value_of,
     paired_difference,
     verdict,
@@ -149,6 +151,41 @@ def test_seeds_that_differ_widen_the_interval():
     # Student's quantile for two degrees of freedom, 4.303, times 0.2 / √3, and Wilson's half in quadrature
     half = math.hypot(0.5 - accuracy(50, 100).low, 4.303 * 0.2 / math.sqrt(3))
     assert apart.low == pytest.approx(max(0.0, 0.5 - half))
+
+
+def test_seeds_count_once_over_several_tests():
+    """Seeds at 0.5, 0.6 and 0.7 on each of eight tests: more tests tell no more of the seeds."""
+    runs = [[True] * k + [False] * (100 - k) for k in (50, 60, 70)]
+    one, eight = accuracy_over_tests([runs]), accuracy_over_tests([runs] * 8)
+    assert one == accuracy_over_seeds(runs)
+    assert eight.value == pytest.approx(0.6)
+    items, seeds = accuracy(60, 100), 4.303 * 0.1 / math.sqrt(3)
+    assert eight.low == pytest.approx(0.6 - math.hypot((0.6 - items.low) / math.sqrt(8), seeds))
+    assert eight.high == pytest.approx(0.6 + math.hypot((items.high - 0.6) / math.sqrt(8), seeds))
+
+
+def test_of_seeds_that_differ_on_each_test_their_means_count():
+    good, bad = [True] * 70 + [False] * 30, [True] * 50 + [False] * 50
+    even = accuracy_over_tests([[good, bad], [bad, good]])  # both seeds have 0.6 of the two tests
+    assert even.value == pytest.approx(0.6)
+    assert even.high - even.low == pytest.approx((accuracy(60, 100).high - accuracy(60, 100).low) / math.sqrt(2))
+
+
+def test_of_one_seed_the_mean_over_tests_is_that_of_independent_intervals():
+    tests = [[True] * 30 + [False] * 70, [True] * 10]
+    one, other = accuracy_over_tests([[run] for run in tests]), mean([accuracy(30, 100), accuracy(10, 10)])
+    assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.706), (9, 2.262), (10, 2.228), (12, 2.179), (20, 2.086), (30, 2.042), (40, 2.021), (120, 1.980)],
+)
+def test_students_quantile(degrees, quantile):
+    values = [float(k % 2) for k in range(degrees + 1)]
+    estimate = mean_over_seeds(values)
+    half = estimate.high - estimate.value
+    assert half * math.sqrt(len(values)) / stdev(values) == pytest.approx(quantile, abs=5e-4)
 
 
 def test_the_interval_of_a_difference_covers_the_truth():

@@ -16,12 +16,13 @@ import pytest
 from smtune import cli
 from smtune.evaluation import statistics
 from smtune.report.benchmarks import claims as cost_claims
+from smtune.report.benchmarks import targets
 from smtune.reproduce import setting as setting_module
 from smtune.reproduce.cells import Cell
 from smtune.reproduce.declared import load_experiment, load_tier
 from smtune.reproduce.evidence import write_evidence
 from smtune.reproduce.evidence.claims import CLAIMS, DOUBTS
-from smtune.reproduce.evidence.judges import BEST, Better, Counted, Places, Timed, Trend
+from smtune.reproduce.evidence.judges import BEST, Better, Counted, Evidence, Places, Timed, Trend
 from smtune.reproduce.evidence.records import Results
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
@@ -32,7 +33,8 @@ N = 200
 TESTS = {"math": "arithmetic", "unseen-math": "arithmetic", "choice": "comparison", "comparison": "comparison"}
 SEEDS = len(load_tier("mini").seeds)
 ENVIRONMENT = {"smtune": "0.1.0", "python": "3.11", "device": "cpu", "threads": 1, "packages": {"torch": "2.13.0"}}
-BENCH = Path(__file__).parents[2] / "docs/results/bench.json"
+DOCS = Path(__file__).parents[2] / "docs"
+BENCH = DOCS / "results/bench.json"
 
 
 @pytest.fixture(autouse=True)
@@ -592,9 +594,46 @@ def test_memory_and_time_claims(tmp_path):
     rows = cost_claims.other_rows(json.loads(BENCH.read_text(encoding="utf-8")))
     judged = [each for each in rows if each.quote == cost_claims.SPEED and each.measured]
     assert judged
-    assert all(f"{each.where} | {each.measured} |" in line for each, line in zip(judged, speed, strict=True))
+    by_verdict = {
+        "holds": "*holds*",
+        "does not": "**does not hold**",
+        "not told apart": "*undecided*",
+        "holds in part": "*undecided*",
+        "not to be judged here": "*not testable here*: it is about GPUs",
+    }
+    texts = [f"{each.where} | {each.measured} | {by_verdict[each.verdict]} |" for each in judged]
+    assert all(text in line for text, line in zip(texts, speed, strict=True))
+    assert "*not testable here*: it is about GPUs" in speed[0]
     assert "Nothing has been trained yet." in part(text, "## In short")  # memory is no task
     assert "nothing below may be concluded for any task" in part(text, "## The positive control")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        (targets.HOLDS, "holds"),
+        (targets.MISSED, "does not hold"),
+        (cost_claims.DOES_NOT, "does not hold"),
+        (targets.OPEN, "undecided"),
+        (targets.PART, "undecided"),
+        (cost_claims.NOT_HERE, "not testable here: it is about GPUs"),
+    ],
+)
+def test_verdicts_of_the_benchmarks(verdict, expected, monkeypatch):
+    claim = cost_claims.OtherRow(cost_claims.SPEED, "§3.3", "a suite", "2×", verdict)
+    monkeypatch.setattr(cost_claims, "other_rows", lambda results: [claim])
+    monkeypatch.setattr(cost_claims, "share_rows", lambda results: [])
+    (judged,) = Timed(cost_claims.SPEED).judge(Evidence([], {}))
+    assert judged.verdict == expected
+
+
+def test_claims_about_costs_are_judged_by_their_own_words():
+    quotes = {claim.text: test.quote for claim in CLAIMS for test in claim.tests if isinstance(test, Timed)}
+    for text, quote in (
+        ("The gradients' memory is cut to 0.5 %", "SMT reduces the memory cost of the optimizer gradients to 0.5%"),
+        ("The optimizer step's computation is cut to 0.5 %", "SMT reduces the gradient step computation cost to 0.5%"),
+    ):
+        assert quotes[text] == quote
 
 
 def test_a_tie_refutes_a_difference_of_two_points(made):
@@ -688,6 +727,17 @@ def test_what_is_left_of_a_task_is_held_against_the_same_rate_alone(made):
     assert alone == 1  # of the other seeds there is none at this rate
     assert sequence[1:3] == ["50.0", "20.0"]
     assert sequence[3].startswith("−30.0")
+
+
+# The committed page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_page_is_that_of_its_records(monkeypatch, tmp_path):
+    monkeypatch.undo()  # the tier's own number of items
+    (tmp_path / "results").symlink_to(DOCS / "results")  # so that links are those of docs/
+    page, *pictures = write_evidence(tmp_path / "results/reproduce", tmp_path / "evidence.md")
+    assert page.read_text(encoding="utf-8") == (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert {path.name for path in pictures} == {path.name for path in (DOCS / "evidence").iterdir()}
 
 
 # The command ----------------------------------------------------------------------------------------------------------

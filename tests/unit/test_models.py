@@ -22,6 +22,7 @@ from smtune.models import (
     adapter_base,
     fingerprint,
     identity,
+    load_merged,
     load_model,
     load_tokenizer,
     portable_name,
@@ -152,6 +153,26 @@ def test_a_run_stands_for_what_it_trained(base, adapter, tmp_path):
     assert isinstance(load_model(str(run)), peft.PeftModel)
 
 
+def test_a_model_with_a_folder_of_that_name_is_no_run(base, adapter):
+    adapter.rename(base / "adapter")
+    assert resolve(str(base)) == str(base)
+    (base / "config.yaml").touch()
+    assert resolve(str(base)) == str(base / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_blocks_in_a_tied_head_are_not_merged(tiny_llama, tmp_path):
+    tiny_llama.config.tie_word_embeddings = True
+    type(tiny_llama)(tiny_llama.config).save_pretrained(tmp_path / "tied")
+    targets = {"target_modules": ["q_proj", "lm_head"], "budget": 40, "block_size": 16}
+    config = smtune.SMTConfig(criterion="random", init_weights=False, **targets)
+    model = peft.get_peft_model(load_model(str(tmp_path / "tied")), config)
+    model.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
+    merged = load_merged(str(tmp_path / "saved"))
+    assert isinstance(merged, peft.PeftModel)
+    assert torch.equal(logits(merged), logits(model))
+
+
 def test_the_skeleton_has_every_shape_and_no_weight(base):
     shapes = {name: parameter.shape for name, parameter in load_model(str(base)).named_parameters()}
     model = skeleton(str(base))
@@ -190,6 +211,9 @@ def test_folders_of_something_else(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="no base_model_name_or_path"):
         load_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+    with pytest.raises(InputError, match="the base model of the adapter .*, '/gone', as its adapter_config"):
+        fingerprint(str(tmp_path))
 
 
 def test_an_unknown_dtype(base):

@@ -506,14 +506,27 @@ def test_any_field_may_be_missing(results, monkeypatch):
         assert terminal_tables(less)
 
 
-def test_the_tables_for_the_terminal(results):
+def terminal_text(results):
     console = Console(width=220, file=io.StringIO())
     for table in terminal_tables(results):
         console.print(table)
-    text = console.file.getvalue()
+    return console.file.getvalue()
+
+
+def test_the_tables_for_the_terminal(results):
+    text = terminal_text(results)
     assert "layers7b-float32-1024: llama-7b-layers, 2 layers, float32, 1024 tokens" in text
     assert re.search(r"SMT 0.84 %\s+│ +0.84 % │ +1\.01\d \(1\.01\d–1\.01\d\) │ 1.005 │ \+32.0 MiB │ +27.0 MiB", text)
     assert re.search(r"SMT 4.91 %: step / floor at most 1.06\s+│ layers7b-float32-1024 .* missed", text)
+
+
+def test_flops_are_over_those_of_the_floor_beside(results):
+    other = copy.deepcopy(results)
+    arm = arms(other)["smt-0.84"]
+    arm["floor_flops"] = {part: 2 * flops for part, flops in arm["flops"].items()}
+    rows = {row["arm"]: row for row in tables(page(other, {}), "arm")[0]}
+    assert rows["SMT 0.84 %"]["FLOPs / floor"] == "0.500"
+    assert re.search(r"SMT 0.84 %\s+│[^│]*│[^│]*│ +0\.500 │", terminal_text(other))
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
@@ -568,12 +581,37 @@ def test_what_was_timed_apart_tells_nothing_close_or_far(results):
     assert verdicts(apart, "cost-aware plan") == {"smollm2-float32-1024": OPEN}
 
 
+def test_writes_are_told_apart_only_where_they_were_timed_together(results):
+    def faster(results):
+        (row,) = [row for rows in tables(page(results, {}), "suite") for row in rows if "which is faster" in row]
+        return row["which is faster"]
+
+    assert faster(results) == "*not told apart*"
+    slower = copy.deepcopy(results)
+    at_use, _ = [record for record in slower["records"] if record["kind"] == "write"]
+    at_use["rounds"] = rounds((0.1, 0, 0), seed=3)
+    assert faster(slower) == "after the step"
+    del at_use["timed_on"]
+    assert faster(slower) == "*not told apart*, timed apart"
+
+
 def test_a_rival_that_was_not_measured_leaves_it_in_part(results):
     where, what = "layers7b-float32-1024", "SMT 0.84 %: step below LoRA"
     assert verdicts(results, what)[where] == HOLDS
     fewer = {**results, "records": [record for record in results["records"] if record.get("arm") != "shira"]}
     (row,) = [row for row in targets(fewer) if row.what.startswith(what) and row.where == where]
     assert (row.verdict, row.measured.endswith("; not measured: SHiRA")) == (PART, True)
+
+
+def test_a_rival_of_another_dtype_is_none(results):
+    of_dtype = {row.where: "autocast" in row.what for row in targets(results) if ": step below" in row.what}
+    assert of_dtype == {
+        "layers7b-float32-1024": False,
+        "layers7b-bfloat16-1024": True,
+        "smollm2-float32-1024": False,
+    }
+    alone = [arms(results)[name] for name in ("floor", "smt-0.84", "smt-4.91")]
+    assert verdicts({**results, "records": alone}, ": step below") == {"": ABSENT}
 
 
 def test_what_has_no_target_is_compared_all_the_same(results):
@@ -585,7 +623,7 @@ def test_what_has_no_target_is_compared_all_the_same(results):
 def test_what_is_missed_has_its_reason(results):
     slow = with_extra(results, "smt-0.84", 0.5)
     assert any(": step / floor at most 1.02*: " in line for line in reasons(targets(slow)))
-    assert "Why some are missed:" in page(slow, {})
+    assert "Why some are missed, or not told apart:" in page(slow, {})
     missed = {row.what for row in targets(slow) if row.verdict == MISSED}
     assert all(any(part in what for part in REASONS) for what in missed)
 
@@ -700,6 +738,21 @@ def test_kernels_of_16_bits_are_held_to_half_the_dense_rate(results):
             record["seconds"] = [1.3 * seconds for seconds in record["seconds"]]
     (rows,) = tables(page(slower_too, {}), "device")
     assert rows[2]["the used is best"] == "not told apart from copied"
+
+
+def test_a_used_layout_that_failed_misses(results):
+    failed, faults = copy.deepcopy(results), {"seconds": [], "ideal_seconds": [], "error": "RuntimeError: no room"}
+    for record in failed["records"]:
+        if record["kind"] == "kernel" and record["used"] and record["blocks"] == 32:
+            record.update(faults)
+    rows = {row.where: row for row in targets(failed) if row.group == "kernels"}
+    assert {row.verdict for row in rows.values()} == {MISSED}
+    assert rows["kernels, cpu, float32"].measured == "32 of 256²: strided has no result"
+    assert rows["kernels, cpu, bfloat16"].measured == "32 of 256²: widened has no result"
+    assert rows["kernel records"].measured == "1 of 2 cases; 68.6 % to 68.6 %; 32 of 256²: widened has no result"
+    (shown,) = tables(page(failed, {}), "device")
+    best = [row["the used is best"] for row in shown]
+    assert best == ["yes", "no: strided has no result", "yes", "no: widened has no result"]
 
 
 # -- the paper ---------------------------------------------------------------------------------------------------------

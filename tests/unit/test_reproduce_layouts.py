@@ -129,6 +129,20 @@ def test_leaked_tests_are_marked_and_left_out_of_a_second_average(tmp_path):
     assert "Test questions that are among the training rows, by normalised text: 3 of *math*." in page
 
 
+@pytest.mark.parametrize("layout", ["accuracy", "scaling"])
+def test_the_average_over_tests_counts_a_seed_once(tmp_path, layout):
+    """Seeds at 50, 60 and 70 % on each of eight tests: Student's 4.303 · 10 / √3 and a little of the items."""
+    tests = [f"test {k}" for k in range(8)]
+    made = experiment(row("SMT")).model_copy(update={"layout": layout})
+    request, store = Request(["made"], Setting("mini"), seeds=[0, 1, 2]), Store(tmp_path)
+    (arm,) = request.arms(made)
+    for seed, right in enumerate((200, 240, 280)):
+        save(store, arm.cell(1e-3, seed), right, tests=tests)
+    page = page_of(made, request, store, tmp_path)
+    low, high = map(float, re.search(r"\| 60\.0 \(([\d.]+) to ([\d.]+)\) \|", line(page, "SMT")).groups())
+    assert high - low == pytest.approx(2 * 4.303 * 10 / 3**0.5, abs=0.3)
+
+
 def test_the_papers_numbers_stand_apart(tmp_path):
     made = experiment(row("SMT"), published=load_experiment("table2").published)
     request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
@@ -246,6 +260,13 @@ def test_steps_of_a_rows_own_are_named(tmp_path):
     request, store = Request(["made"], Setting("mini")), Store(tmp_path)
     save(store, request.arms(made)[0].sweep()[0], 200)
     assert "200 steps of 8 rows, but for the steps of SMT 178. Each arm" in page_of(made, request, store, tmp_path)
+
+
+def test_steps_of_rows_of_other_models_are_not_named(tmp_path):
+    made = experiment(row("SMT"), row("fewer", steps=178, models=["mini"]))
+    request, store = Request(["made"], Setting("smollm2"), seeds=[0]), Store(tmp_path)
+    save(store, request.arms(made)[0].sweep()[0], 200)
+    assert "60 steps of 4 rows. Each arm" in page_of(made, request, store, tmp_path)
 
 
 def test_seeds_are_counted_against_those_declared(tmp_path):

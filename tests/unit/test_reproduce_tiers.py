@@ -6,8 +6,10 @@ import pytest
 
 from smtune.data import question_key
 from smtune.errors import InputError
-from smtune.reproduce.cells import arms
-from smtune.reproduce.declared import SCALES, Pruned, load_experiment, load_tier
+from smtune.reproduce import dry
+from smtune.reproduce.cells import arms, resolved
+from smtune.reproduce.declared import SCALES, Pruned, experiment_names, load_experiment, load_tier
+from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting, count_items, load_data
 
 
@@ -82,6 +84,33 @@ def test_a_row_may_be_of_one_family_alone():
     found = arms(experiment, tier, tier.families_of(experiment), None, lambda model, family: {})
     rates = {arm.family: arm.rates for arm in found if arm.row.label == "control: random blocks"}
     assert rates == {"unseen-math": [0.03], "unseen-choice": [0.1]}
+
+
+@pytest.mark.parametrize("tier", ["mini", "smollm2", "real", "paper"])
+def test_steps_of_a_rows_own_are_of_the_tier(tier):
+    """Equal time gives random blocks, which need no scoring, 1 % more steps; nobody has more."""
+    declared = load_tier(tier)
+    for experiment in map(load_experiment, experiment_names()):
+        for arm in arms(experiment, declared, declared.families_of(experiment), None, lambda model, family: {}):
+            if arm.row.steps is not None:
+                assert declared.recipe.steps is not None
+                assert arm.row.steps <= 1.01 * declared.recipe.steps
+
+
+def test_a_trial_cuts_the_steps_of_a_rows_own_too():
+    def recipes(setting, name):
+        experiment, tier = load_experiment(name), setting.declared
+        found = arms(experiment, tier, tier.families_of(experiment), None, setting.shape, setting.steps)
+        return {arm.row.label: resolved(arm.fixed)["recipe"] for arm in found}
+
+    whole, cut = (recipes(Setting("mini", steps=steps), "study-equal") for steps in (None, 150))
+    label = "SMT, steps less its scoring"
+    assert (whole[label]["steps"], cut[label]["steps"]) == (178, 150)
+    assert cut["Full fine-tuning, steps of equal time"]["steps"] == 138  # fewer already
+    sizes = recipes(Setting("mini", steps=5), "study-sizes")
+    assert {recipe["scoring_batches"] for recipe in sizes.values()} == {1, 5}
+    request = Request([], Setting("mini", steps=5))
+    assert {each.steps for each in dry.estimate(request, "study-equal")} == {5}
 
 
 def test_a_group_of_tests_counts_as_many_items_as_its_tests():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from smtune import InputError
-from smtune.training.config import LEARNING_RATES, TrainConfig, load_config, parse_config
+from smtune import InputError, SMTConfig
+from smtune.training.config import LEARNING_RATES, SMTSection, TrainConfig, load_config, parse_config
 
 LEAST = {"model": "tiny", "output": "runs/one", "data": {"train": "rows.jsonl"}}
 
@@ -59,6 +63,26 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path, method, more):
     again = load_config(path).resolved()
     assert again.to_yaml() == config.to_yaml()
     assert again.training == config.training
+
+
+@pytest.mark.parametrize("text", ["3e-4", "1E5", "+2e-1", "1.0e-4", "2024-01-02", "10", "yes"])
+def test_texts_read_back_as_texts(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(parse_config(LEAST | {"output": text}).to_yaml())
+    assert load_config(path).output == text
+
+
+def test_the_defaults_are_those_of_the_adapters_configuration(monkeypatch):
+    """Of `SMTConfig`, here and in Axolotl's plug-in, which is imported with Axolotl stood in for."""
+    axolotl, plugin = SimpleNamespace(AdapterCapabilities=object, BasePlugin=object), "smtune.integrations.axolotl"
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", axolotl)
+    monkeypatch.setitem(sys.modules, plugin, None)  # to be as it was afterwards
+    del sys.modules[plugin]
+    defaults = {field.name: field.default for field in dataclasses.fields(SMTConfig)}
+    for section in (SMTSection, importlib.import_module(plugin).SMTOptions):
+        shared = {name: field.default for name, field in section.model_fields.items() if name in defaults}
+        assert len(shared) >= 13
+        assert shared == {name: defaults[name] for name in shared}
 
 
 def test_a_plan_reads_back_without_what_it_has_decided(tmp_path):

@@ -116,7 +116,8 @@ def train(
     result = training.train(checked, resume=resume, console=console)
     if not is_main_process():
         return
-    console.print(f"Trained {result.trained} in {result.seconds:.0f} s, loss {result.loss:.4f}")
+    held_out = "" if result.eval_loss is None else f", of the rows held out {result.eval_loss:.4f}"
+    console.print(f"Trained {result.trained} in {result.seconds:.0f} s, loss {result.loss:.4f}{held_out}")
     if items:
         _forget_training()
         _evaluate(result.folder, items, options.protocol, options.batch_size, checked.dtype, None)
@@ -217,6 +218,7 @@ def _evaluate(
 
     from smtune.evaluation import evaluate as evaluate_items
     from smtune.evaluation import summary_table
+    from smtune.evaluation.run import check_folder
     from smtune.models import fingerprint, load_merged, load_tokenizer
 
     if output is None:
@@ -226,6 +228,8 @@ def _evaluate(
     if output.exists() and not output.is_dir():
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
     _check_place(output / "summary.json", "--output")
+    model_id = fingerprint(model)
+    check_folder(output, protocol=protocol, model_id=model_id, dtype=dtype, beams=beams, backend=backend)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Evaluating", total=len(items))
         evaluation = evaluate_items(
@@ -233,7 +237,7 @@ def _evaluate(
             load_tokenizer(model),
             items,
             protocol=protocol,  # type: ignore[arg-type]
-            model_id=fingerprint(model),
+            model_id=model_id,
             out_dir=output,
             batch_size=batch_size,
             beams=beams,
@@ -440,6 +444,13 @@ def _let_the_first_tell() -> None:
         time.sleep(30.0)
 
 
+def _tell(text: str, debug: bool) -> None:
+    """Say what was wrong, after the traceback where that is asked for."""
+    if debug:
+        traceback.print_exc()
+    console.print(f"[bold red]smtune:[/] {escape(text)}", soft_wrap=True)
+
+
 def run(arguments: list[str], debug: bool = False) -> int:
     """Run a command line and return its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -451,28 +462,18 @@ def run(arguments: list[str], debug: bool = False) -> int:
         return exit.code if isinstance(exit.code, int) else 1
     except InputError as error:
         _let_the_first_tell()
-        if debug:
-            traceback.print_exc()
-        console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)
+        _tell(str(error), debug)
         return 2
     except OSError as error:  # a path that cannot be read or written, a full disk
-        if debug:
-            traceback.print_exc()
-        console.print(f"[bold red]smtune:[/] {escape(str(error))}", soft_wrap=True)
+        _let_the_first_tell()
+        _tell(str(error), debug)
         return 2 if error.filename is not None else 1
     except torch.OutOfMemoryError as error:
         _let_the_first_tell()
-        if debug:
-            traceback.print_exc()
-        console.print(f"[bold red]smtune:[/] {escape(str(error))}\n{OUT_OF_MEMORY}", soft_wrap=True)
+        _tell(f"{error}\n{OUT_OF_MEMORY}", debug)
         return 2
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        console.print(
-            f"[bold red]smtune:[/] a fault of smtune or of a library: {type(error).__name__}: {escape(str(error))}\n"
-            "Run it again with --debug for the traceback.",
-            soft_wrap=True,
-        )
+        fault = f"a fault of smtune or of a library: {type(error).__name__}: {error}"
+        _tell(f"{fault}\nRun it again with --debug for the traceback.", debug)
         return 1
     return 0

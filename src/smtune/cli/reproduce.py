@@ -33,7 +33,9 @@ def reproduce(
             "makes the model of the tier mini, evidence the answer.",
         ),
     ] = None,
-    scale: Annotated[str, typer.Option(help="embedded, or paper: the paper's models and data.")] = "embedded",
+    scale: Annotated[
+        str | None, typer.Option(help="embedded, the default, or paper: the paper's models and data.")
+    ] = None,
     tier: Annotated[
         str | None, typer.Option(help="Of the embedded scale: mini, smollm2 or real (wants --data).")
     ] = None,
@@ -95,7 +97,7 @@ def reproduce(
                 f"Expected --resume alone: it goes on with what was asked for. Got {', '.join(beside)} beside it: "
                 "leave out --resume; what has been run is not run again."
             )
-        names, request = _resumed(output, bool(experiments), names)
+        names, request = _resumed(output, bool(experiments), names, scale, tier)
     else:
         request = _request(names, chosen, data, steps, items, seeds, cells)
     if list_:
@@ -108,9 +110,10 @@ def reproduce(
         _run(names, request, output, jobs, threads, say)
 
 
-def _tier(scale: str, tier: str | None) -> str:
+def _tier(scale: str | None, tier: str | None) -> str:
     from smtune.reproduce.declared import SCALES
 
+    scale = "embedded" if scale is None else scale
     if scale not in SCALES:
         raise InputError(f"Expected --scale among {', '.join(SCALES)}. Got {scale!r}.{did_you_mean(scale, SCALES)}")
     tiers = SCALES[scale]
@@ -141,8 +144,15 @@ def _request(
     return Request(names, setting, None if words is None else list(dict.fromkeys(map(int, words))), cells)
 
 
-def _resumed(output: Path, named: bool, names: list[str]) -> tuple[list[str], Request]:
-    """What the folder was last asked for; experiments that are named now take the place of those named then."""
+def _resumed(
+    output: Path, named: bool, names: list[str], scale: str | None, tier: str | None
+) -> tuple[list[str], Request]:
+    """What the folder was last asked for; experiments that are named now take the place of those named then.
+
+    Raises:
+        InputError: there is none, or one of another scale or tier than those given.
+    """
+    from smtune.reproduce.declared import SCALES
     from smtune.reproduce.run import Request
     from smtune.reproduce.setting import Setting
 
@@ -152,6 +162,13 @@ def _resumed(output: Path, named: bool, names: list[str]) -> tuple[list[str], Re
         raise InputError(
             f"Expected --output with a run to go on with. {output} has none: leave out --resume to begin one."
         ) from None
+    stored = asked["setting"]["tier"]
+    if (tier is not None and tier != stored) or (scale is not None and stored not in SCALES[scale]):
+        given = f"--tier {tier}" if tier is not None else f"--scale {scale}"
+        raise InputError(
+            f"Expected --resume with the tier of {output}, {stored}. Got {given}: leave it out, or begin a run in "
+            "another --output."
+        )
     names = names if named else asked["experiments"]
     return names, Request(names, Setting(**asked["setting"]), asked["seeds"], asked["max_cells"])
 
@@ -254,11 +271,11 @@ def _run(names: list[str], request: Request, output: Path, jobs: int, threads: i
 
     if output.exists() and not output.is_dir():
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
+    runner = Runner(request, output, jobs, threads, say)
     _read_data(names, request)
     output.mkdir(parents=True, exist_ok=True)
     asked = {"experiments": names, "setting": asdict(request.setting), "seeds": request.seeds}
     write_json(output / REQUEST, {**asked, "max_cells": request.max_cells, "date": time.strftime("%Y-%m-%d")})
-    runner = Runner(request, output, jobs, threads, say)
     missing = []
     for name in names:
         if not runner.run(name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,9 +67,10 @@ def resume(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
     A last line that a kill left half-written is cut off.
 
     Raises:
-        InputError: the folder belongs to another run: names what differs.
+        InputError: as `kept_results`.
     """
     path = folder / ITEMS_FILE
+    results = kept_results(folder, run)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, _line({"run": run}))
@@ -77,18 +79,35 @@ def resume(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
     complete = text.rfind(b"\n") + 1
     if complete < len(text):
         os.truncate(path, complete)
+    return results
+
+
+def kept_results(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
+    """The results of this run that the folder holds; none in a new folder. Writes nothing.
+
+    Raises:
+        InputError: the folder belongs to another run: names what differs. The same weights by another name do not.
+    """
+    path = folder / ITEMS_FILE
+    if not path.exists():
+        return []
     found, results = load_run(folder)
-    if found != run:
-        differences = "; ".join(
-            f"{field} {found.get(field)!r}, not {run.get(field)!r}"
-            for field in sorted({*found, *run})
-            if found.get(field) != run.get(field)
-        )
+    differing = sorted(field for field in {*found, *run} if found.get(field) != run.get(field))
+    if "model" in differing and _weights(found.get("model")) == _weights(run.get("model")):
+        differing.remove("model")
+    if differing:
+        differences = "; ".join(f"{field} {found.get(field)!r}, not {run.get(field)!r}" for field in differing)
         raise InputError(
             f"Expected {path} to hold results of this run. Got those of another: {differences}. "
             "Give another folder, or delete this one to start again."
         )
     return results
+
+
+def _weights(model_id: Any) -> Any:
+    """The hash or revision that ends a fingerprint (`smtune.models`); all of a name that has none."""
+    found = re.search(r"\(([0-9a-f]{12,})\)$", str(model_id))
+    return found[1] if found else model_id
 
 
 def append(folder: Path, results: Iterable[ItemResult]) -> None:

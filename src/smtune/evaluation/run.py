@@ -61,7 +61,8 @@ def evaluate(
     Args:
         model: a Hugging Face causal language model, or a PeftModel around one, on its device.
         items: from `load_items`.
-        model_id: names the weights; results of another `model_id` are not mixed in.
+        model_id: names the weights; results of other weights are not mixed in. Two that end in the same hash, as
+            `smtune.models.fingerprint` gives it, name the same.
         out_dir: folder for `items.jsonl` and `summary.json`. Items already there are not run again, so a call
             that was cut short goes on, and more tasks may be added. None: nothing is written.
         batch_size: prompts at a time; under likelihood each is a sequence per option (with "lm-eval", sequences),
@@ -77,13 +78,8 @@ def evaluate(
             installed, or an `out_dir` that holds another run.
     """
     check(items, protocol, batch_size, max_new_tokens, beams, backend)
-    run: dict[str, Any] = {"protocol": protocol, "model": model_id, "dtype": str(model.dtype).removeprefix("torch.")}
-    if protocol == "generate":
-        run["max_new_tokens"] = max_new_tokens or "by task"
-    if beams > 1:
-        run["beams"] = beams
-    if backend == "lm-eval":
-        run["backend"] = f"lm_eval {harness.version()}"
+    dtype = str(model.dtype).removeprefix("torch.")
+    run = _header(protocol, model_id, dtype, max_new_tokens, beams, backend)
     folder = Path(out_dir) if out_dir is not None else None
     kept = results_.resume(folder, run) if folder else []
     done = {result.key: result for result in kept}
@@ -158,6 +154,34 @@ def check(
     keys = {item.key for item in items}
     if len(keys) != len(items):
         raise InputError(f"Expected distinct items. Got {len(items) - len(keys)} repeated ones.")
+
+
+def check_folder(
+    out_dir: str | Path,
+    *,
+    protocol: str,
+    model_id: str,
+    dtype: str,
+    max_new_tokens: int | None = None,
+    beams: int = 1,
+    backend: str = "smtune",
+) -> None:
+    """Raises InputError for a folder that `evaluate` would refuse, so that it can be known before a model is loaded."""
+    results_.kept_results(Path(out_dir), _header(protocol, model_id, dtype, max_new_tokens, beams, backend))
+
+
+def _header(
+    protocol: str, model_id: str, dtype: str, max_new_tokens: int | None, beams: int, backend: str
+) -> dict[str, Any]:
+    """What identifies a run, for `results`."""
+    run: dict[str, Any] = {"protocol": protocol, "model": model_id, "dtype": dtype}
+    if protocol == "generate":
+        run["max_new_tokens"] = max_new_tokens or "by task"
+    if beams > 1:
+        run["beams"] = beams
+    if backend == "lm-eval":
+        run["backend"] = f"lm_eval {harness.version()}"
+    return run
 
 
 # -- what goes to the model --------------------------------------------------------------------------------------

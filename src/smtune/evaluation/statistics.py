@@ -135,13 +135,24 @@ def accuracy_over_seeds(runs: Runs) -> Estimate:
     Args:
         runs: of each seed, whether item k was right.
     """
-    _check_runs(runs)
-    n = len(runs[0])
-    means = [sum(run) / n for run in runs]
-    items, seeds = accuracy(round(fmean(means) * n), n), _of_seeds(means)
-    value = fmean(means)
-    low = value - math.hypot(items.value - items.low, seeds)
-    high = value + math.hypot(items.high - items.value, seeds)
+    return accuracy_over_tests([runs])
+
+
+def accuracy_over_tests(tests: Sequence[Runs]) -> Estimate:
+    """`accuracy_over_seeds` of the unweighted mean over tests; a seed's model answers all of them.
+
+    So the items' part is of independent tests, and the seeds' part of each seed's mean over them.
+
+    Args:
+        tests: the runs on each, seeds in the same order on all.
+    """
+    for runs in tests:
+        _check_runs(runs)
+    by_test = [accuracy(round(fmean(map(fmean, runs)) * len(runs[0])), len(runs[0])) for runs in tests]
+    seeds = _of_seeds([fmean(map(fmean, runs)) for runs in zip(*tests)])
+    value = fmean(fmean(map(fmean, runs)) for runs in tests)
+    low = value - math.hypot(*[(items.value - items.low) / len(tests) for items in by_test], seeds)
+    high = value + math.hypot(*[(items.high - items.value) / len(tests) for items in by_test], seeds)
     return Estimate(value, max(0.0, low), min(1.0, high))
 
 
@@ -276,5 +287,17 @@ def _of_seeds(means: Sequence[float]) -> float:
 
 
 def _student(k: int) -> float:
-    """Student's quantile of a two-sided 95 % interval for the mean of k > 1 values."""
-    return _T_95[k - 2] if k - 2 < len(_T_95) else Z_95
+    """Student's quantile of a two-sided 95 % interval for the mean of k > 1 values, right to three decimals.
+
+    Source: from 10 degrees of freedom on the normal quantile's expansion, Abramowitz and Stegun 1964, 26.7.5.
+    """
+    n = k - 1
+    if n <= len(_T_95):
+        return _T_95[n - 1]
+    z = Z_95
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )

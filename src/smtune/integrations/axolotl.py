@@ -104,7 +104,7 @@ class SMTPlugin(BasePlugin):
         """The model with an adapter, and its configuration. `config_only`: (None, configuration), for TRL to wrap.
 
         Raises:
-            InputError: no plan, and no rows to make it from.
+            InputError: no plan, and no rows to make it from; or other options than the plan of a resumed run has.
         """
         if cfg.adapter != "smt":
             return None
@@ -133,9 +133,9 @@ class SMTPlugin(BasePlugin):
 
     def _plan(self, model: Any, cfg: Any, config: smtune.SMTConfig) -> smtune.Plan:
         """The plan given, that of the run that is resumed, or a new one, each process scoring its share."""
-        file = _planned(cfg)
-        if file is not None:
-            return smtune.Plan.load(file)
+        planned = _planned(cfg)
+        if planned is not None:
+            return planned
         state = PartialState()
         rows = None
         if config.criterion not in DATA_FREE:
@@ -166,6 +166,8 @@ class SMTPlugin(BasePlugin):
 
 
 PLAN_FILE = "plan.json"
+DECIDED = ("block_size", "budget", "criterion", "policy", "shares", "max_backward_cost", "seed")
+"""Options that a plan records."""
 
 
 def _options(cfg: Any) -> SMTOptions:
@@ -173,11 +175,25 @@ def _options(cfg: Any) -> SMTOptions:
     return SMTOptions.model_validate(values.to_dict() if hasattr(values, "to_dict") else values)
 
 
-def _planned(cfg: Any) -> Path | None:
-    """The file of the plan that the run has to take, if there is one."""
-    given = _options(cfg).plan
-    if given is not None:
-        return Path(given)
-    own = Path(cfg.output_dir, PLAN_FILE)
-    resumed = cfg.resume_from_checkpoint or cfg.auto_resume_from_checkpoints
-    return own if resumed and own.is_file() else None
+def _planned(cfg: Any) -> smtune.Plan | None:
+    """The plan that the run has to take, if there is one: the one given, or that of the run to be resumed.
+
+    Raises:
+        InputError: the latter, and the options are others than it was made with.
+    """
+    options, folder = _options(cfg), Path(cfg.output_dir)
+    if options.plan is not None:
+        return smtune.Plan.load(options.plan)
+    resumed = cfg.resume_from_checkpoint or (cfg.auto_resume_from_checkpoints and any(folder.glob("checkpoint-*")))
+    if not resumed or not (folder / PLAN_FILE).is_file():
+        return None
+    plan = smtune.Plan.load(folder / PLAN_FILE)
+    asked = {name: getattr(options, name) for name in DECIDED}
+    changed = [name for name, value in asked.items() if value not in ("auto", getattr(plan, name))]
+    if changed:
+        differences = "; ".join(f"{name} {asked[name]!r}, not {getattr(plan, name)!r}" for name in changed)
+        raise InputError(
+            f"Expected the options under `smt:` that the plan in {folder} was made with. Got {differences}: put them "
+            "back, or take another output_dir."
+        )
+    return plan

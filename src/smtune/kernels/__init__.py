@@ -1,7 +1,7 @@
 """Block kernels: the gradient of selected blocks, and their product with an input.
 
 `block_grad` is the one weight-gradient that Sparse Matrix Tuning computes (paper §3.1, equation 2, restricted to the
-selected blocks); `block_product` adds blocks acting beside an untouched weight. Both are dispatched by device to the
+selected blocks); `block_product_` adds blocks acting beside an untouched weight. Both are dispatched by device to the
 implementations in this folder. Imports torch and `smtune.blocks` alone; triton only once there is a tensor on a GPU.
 """
 

@@ -14,7 +14,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_grad_reference(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
-    """`dYᵀ X`, whole and in the accumulation dtype, then its blocks: (m, l, l). Leading dims are flattened."""
+    """`dYᵀ X`, whole and in the accumulation dtype, then its blocks, as `block_grad` gives them.
+
+    Args:
+        grad_y_NO: (..., O).
+        x_NI: (..., I), the same leading dims.
+        index: m blocks of an (O, I) weight.
+    Returns:
+        (m, l, l), fp32, or fp64 of fp64 operands.
+    """
     dtype = accumulation_dtype(x_NI.dtype)
     grad_y_NO, x_NI = (t.reshape(t.shape[:-1].numel(), t.shape[-1]).to(dtype) for t in (grad_y_NO, x_NI))
     dense_OI = grad_y_NO.T @ x_NI

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,12 +101,14 @@ class Arm:
 
 
 def validated(record: Record) -> tuple[float, float]:
-    """What a learning rate is judged by, the larger the better; a run that diverged has no finite loss."""
+    """What a learning rate is judged by, the larger the better; a run that diverged, below all others."""
     metrics = record["metrics"]
     validation = metrics["validation"]
     accuracy = validation["correct"] / validation["items"] if validation["items"] else 0.0
     loss = metrics["validation_loss"]
-    return (accuracy, -loss) if loss is not None else (-1.0, 0.0)
+    if loss is not None:
+        return accuracy, -loss
+    return (accuracy, -math.inf) if metrics.get("finite", True) else (-1.0, 0.0)
 
 
 def budget_text(budget: float | int) -> str:
@@ -119,6 +122,7 @@ def arms(
     families: Sequence[str],
     seeds: Sequence[int] | None,
     base: Callable[[str, str], Record],
+    most_steps: int | None = None,
 ) -> Iterator[Arm]:
     """The arms of an experiment, in the order of its table.
 
@@ -127,6 +131,7 @@ def arms(
         families: that it is run on.
         seeds: of every arm, None: as declared; the untrained model and what draws nothing have the first only.
         base: (model, family) to what all cells of the two share: data, recipe, evaluation.
+        most_steps: of a trial; the steps and scoring batches of a row's own are at most as many.
     """
     seeds = seeds or tier.seeds_of(experiment)
     for family in families:
@@ -148,7 +153,7 @@ def arms(
                         fixed={
                             "kind": experiment.kind,
                             **base(model, family),
-                            **_of_row(row, budget),
+                            **_of_row(row, budget, most_steps),
                             **_given({"further_data": further}),
                         },
                         rates=tier.rates(experiment, row),
@@ -156,7 +161,7 @@ def arms(
                     )
 
 
-def _of_row(row: Row, budget: float | int) -> Record:
+def _of_row(row: Row, budget: float | int, most_steps: int | None) -> Record:
     """What a row asks for. What it leaves at its default has no part in a cell's identity, but for the first four."""
     smt = {"criterion": row.criterion, "targets": row.targets, "shares": row.shares, "shuffled": row.shuffled}
     further = {
@@ -169,6 +174,8 @@ def _of_row(row: Row, budget: float | int) -> Record:
         "then": row.then,
     }
     recipe = _given({"steps": row.steps, "scoring_batches": row.scoring_batches})
+    if most_steps is not None:
+        recipe = {name: min(count, most_steps) for name, count in recipe.items()}
     instead = _given({"block_size": row.block_size, "recipe": recipe or None})
     return {
         "method": row.method,

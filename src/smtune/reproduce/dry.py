@@ -17,7 +17,7 @@ from rich.table import Table
 
 from smtune.errors import InputError
 from smtune.reproduce import memory
-from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text
+from smtune.reproduce.cells import UNBUDGETED, Arm, Record, arms, budget_text, resolved
 from smtune.reproduce.declared import Size, load_experiment
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting, count_items
@@ -51,15 +51,17 @@ def estimate(request: Request, name: str) -> list[Estimate]:
         InputError: an architecture that is not the declared one, or a budget that buys nothing of it.
     """
     experiment, setting = load_experiment(name), request.setting
-    tier, recipe = setting.declared, setting.recipe
+    tier = setting.declared
 
     found = []
-    for arm in arms(experiment, tier, setting.families(experiment), request.seeds, setting.shape):
+    families = setting.families(experiment)
+    for arm in arms(experiment, tier, families, request.seeds, setting.shape, setting.steps):
+        recipe = resolved(arm.fixed)["recipe"]
         size = tier.families[arm.family].size
         counted = _count(setting, arm.model, *_memory_key(arm))
         steps = 0
         if experiment.kind == "train" and arm.row.method != "base":
-            steps = (arm.row.steps or count_steps(recipe, size.rows)) * (1 if arm.row.then is None else 2)
+            steps = count_steps(recipe, size.rows) * (1 if arm.row.then is None else 2)
         elif experiment.kind == "time":
             steps = min(TIMED_STEPS, count_steps(recipe, size.rows))
             steps += min(WARMUP_STEPS, max(1, steps // 10))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from smtune.evaluation import accuracy_over_seeds, verdict
-from smtune.evaluation.statistics import Estimate, difference_over_tests, mean
+from smtune.evaluation.statistics import Estimate, accuracy_over_tests, difference_over_tests
 from smtune.files import write_text
 from smtune.maps.layout import projections
 from smtune.report import block_map, projection_shares
@@ -149,8 +150,10 @@ def _how(result: Result) -> str:
     tier = result.request.setting.declared
     recipe = tier.recipe
     length = f"{result.request.setting.steps or recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
-    own = [f"{row.label} {row.steps}" for row in result.experiment.rows_at(tier.scale) if row.steps]
-    but = f", but for the steps of {'; '.join(own)}" if own else ""
+    most = result.request.setting.steps or math.inf
+    own = {arm.row.label: arm.row.steps for arm in result.arms if arm.row.steps and arm.row.steps < most}
+    named = "; ".join(f"{label} {steps}" for label, steps in own.items())
+    but = f", but for the steps of {named}" if own else ""
     text = (
         "Accuracy in percent, mean over the seeds there are; in parentheses 95 % intervals over items and, where there "
         "are several, seeds. "
@@ -204,15 +207,15 @@ def _accuracy(result: Result) -> Table:
             rows.append([*row, *[DASH] * (len(heads) - len(row) - 2), *ends])
             continue
         by_test = accuracies(records)
-        free = [estimate for test, estimate in by_test.items() if test not in leaked]
+        free = [test for test in by_test if test not in leaked]
         other = [record["metrics"]["other_text_loss"] for record in records]
         row += [
             trained_share(records[0]),
             f"{records[0]['config']['learning_rate']:g}" if arm.row.method != "base" else DASH,
         ]
         row += [_percent(by_test.get(test)) for test in tests]
-        row += [_with_interval(mean(list(by_test.values())))]
-        row += [_with_interval(mean(free)) if free else DASH] * bool(leaked)
+        row += [_with_interval(average(records))]
+        row += [_with_interval(average(records, free)) if free else DASH] * bool(leaked)
         row += [_against(arm, records, result), f"{fmean(other):.3f}" if None not in other else DASH]
         rows.append([*row, *ends])
     return heads, rows
@@ -236,7 +239,7 @@ def _scaling(result: Result) -> Table:
         key = (arm.model, arm.row.label)
         row = rows.setdefault(key, [DASH] * len(budgets))
         if records:
-            row[budgets.index(arm.budget)] = _with_interval(mean(list(accuracies(records).values())))
+            row[budgets.index(arm.budget)] = _with_interval(average(records))
         there, expected = counts.setdefault(key, [0, 0])
         counts[key] = [there + count, expected + arm.n_cells]
     return heads, [[*key, *row, "{} of {}".format(*counts[key])] for key, row in rows.items()]
@@ -376,7 +379,7 @@ def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
     several = len({arm.model for arm, _ in result.present}) > 1
     for arm, records in result.present:
         heading = f"{arm.family}, {arm.model}" if several else arm.family
-        panels.setdefault(heading, {})[arm.row.label] = mean(list(accuracies(records).values()))
+        panels.setdefault(heading, {})[arm.row.label] = average(records)
     dots(panels, path, x="accuracy, %, with 95 % interval", title=title_of(result))
     swept, judged_by = _sweeps(result)
     if not swept:
@@ -422,11 +425,8 @@ def _curve_figures(result: Result, folder: Path) -> list[Path]:
     ours: dict[str, list[tuple[float, Estimate]]] = {}
     for arm, records in result.present:
         metrics = records[0]["metrics"]
-        point = (
-            100 * metrics["trained_parameters"] / metrics["total_parameters"],
-            mean(list(accuracies(records).values())),
-        )
-        ours.setdefault(f"{arm.row.label}, {arm.model}", []).append(point)
+        share = 100 * metrics["trained_parameters"] / metrics["total_parameters"]
+        ours.setdefault(f"{arm.row.label}, {arm.model}", []).append((share, average(records)))
     curves(ours, path, x="trained parameters, %", y="accuracy", title=title_of(result))
     paper = folder / f"{result.experiment.name}-paper.png"
     published = result.experiment.published
@@ -501,6 +501,12 @@ def accuracies(records: Sequence[Record]) -> dict[str, Estimate]:
     """By test, the mean over seeds with its interval."""
     runs = [right(record) for record in records]
     return {test: accuracy_over_seeds([run[test] for run in runs]) for test in runs[0]}
+
+
+def average(records: Sequence[Record], tests: Iterable[str] | None = None) -> Estimate:
+    """The mean over tests, None: all, and over seeds, with its interval."""
+    runs = [right(record) for record in records]
+    return accuracy_over_tests([[run[test] for run in runs] for test in (runs[0] if tests is None else tests)])
 
 
 def right(record: Record) -> dict[str, list[bool]]:

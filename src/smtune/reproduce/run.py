@@ -1,7 +1,8 @@
 """The runner: which cells are missing, run them, say how long it will take, and start again anywhere.
 
 Every finished cell is a file (`store`), so stopping and starting again loses the cells that were running and no more.
-With several jobs a cell runs in one of as many processes; on GPUs each process has one of them.
+With several jobs a cell runs in one of as many processes, and one that is killed loses its cell alone; on GPUs each
+process has one of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from smtune.reproduce.store import Store
 CELLS = "cells"
 FAILED = "failed"
 SECONDS_BETWEEN_REPORTS = 120
+KILLED = "its process was killed, mostly for want of memory, or crashed"
 Say = Callable[[str], object]
 
 
@@ -55,7 +58,8 @@ class Request:
         """The arms of an experiment. Its data is read, where it needs some, and hashed into their configuration."""
         tier = self.setting.declared
         base = self.setting.shape if experiment.kind == "memory" else self.setting.base
-        return list(arms(experiment, tier, self.setting.families(experiment), self.seeds, base))
+        families = self.setting.families(experiment)
+        return list(arms(experiment, tier, families, self.seeds, base, self.setting.steps))
 
     def families(self, name: str) -> list[str]:
         """The families whose data an experiment reads: its own, and those that its rows train or score on besides."""
@@ -94,10 +98,22 @@ class Runner:
     tried: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        """Raises InputError for more jobs than GPUs, where there are any."""
+        import torch
+
+        n_devices = torch.cuda.device_count() if torch.cuda.is_available() else self.jobs
+        if self.jobs > n_devices:
+            raise InputError(f"Expected --jobs of at most {n_devices}, the number of GPUs here. Got {self.jobs}.")
         self.store = Store(self.output / CELLS)
 
     def run(self, name: str) -> bool:
-        """Run the missing cells of an experiment. Returns whether all that are wanted are there."""
+        """Run the missing cells of an experiment.
+
+        Returns:
+            Whether all that are wanted are there.
+        Raises:
+            InputError: what a cell says is wrong with the request, once the cells beside it have ended and are kept.
+        """
         experiment = load_experiment(name)
         arms = self.request.arms(experiment)
         if not arms:
@@ -117,26 +133,32 @@ class Runner:
 
     def _run_all(self, name: str, arms: Sequence[Arm], expected: int) -> None:
         progress = _Progress(name, expected, self.jobs, self.say)
+        refused: InputError | None = None
         with _pool(self.jobs, self.threads) as pool:
             running: dict[Future[Any], Cell] = {}
             while True:
-                for cell in self._missing(arms)[: self.jobs - len(running)]:
+                missing = self._missing(arms) if refused is None else []
+                for cell in missing[: self.jobs - len(running)]:
                     self.tried.add(cell.id)
                     self.say(f"{name}: {cell.label} …")
                     running[pool.submit(_in_worker, cell, self.request.setting)] = cell
                 if not running:
-                    return
+                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    self._keep(cell, future, progress, arms)
+                    try:
+                        self._keep(running.pop(future), future, progress, arms)
+                    except InputError as error:  # it will fail for all others too, and says what to do
+                        refused = refused or error
+        if refused is not None:
+            raise refused
 
     def _keep(self, cell: Cell, future: Future[Any], progress: _Progress, arms: Sequence[Arm]) -> None:
         failed = self.output / FAILED / f"{cell.id}.json"
         error = future.exception()
         if isinstance(error, InputError):
-            raise error  # it will fail for all others too, and says what to do
+            raise error
         if error is not None:
-            text = f"{type(error).__name__}: {error}"
+            text = KILLED if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
             write_json(failed, {"cell": cell.id, "label": cell.label, "config": dict(cell.config), "error": text})
             self.say(f"{cell.label} failed: {text}. It is tried again with the next call.")
             return
@@ -162,13 +184,16 @@ class _Progress:
 
 
 def in_short(record: Mapping[str, Any]) -> str:
-    """The main number of a record, and its seconds."""
-    metrics, seconds = record["metrics"], record["measured"].get("seconds", 0.0)
-    tests = metrics.get("tests")
+    """The main number of a record, the training rows left out as too long, if any, and its seconds."""
+    metrics, tests = record["metrics"], record["metrics"].get("tests")
     if tests:
         correct, items = (sum(test[key] for test in tests.values()) for key in ("correct", "items"))
-        return f"{correct} of {items} right, {seconds:.0f} s"
-    return f"{metrics['trained_parameters']:,} parameters trained, {seconds:.0f} s"
+        texts = [f"{correct} of {items} right"]
+    else:
+        texts = [f"{metrics['trained_parameters']:,} parameters trained"]
+    n_dropped = record.get("dropped_rows", 0)
+    texts += [f"{n_dropped:,} training rows dropped as too long"] * (n_dropped > 0)
+    return ", ".join([*texts, f"{record['measured'].get('seconds', 0.0):.0f} s"])
 
 
 def check_cell(cell_id: str, store: Store, setting: Setting, threads: int | None = None) -> list[str]:
@@ -183,6 +208,11 @@ def check_cell(cell_id: str, store: Store, setting: Setting, threads: int | None
 
     before = store.load(cell_id)
     config = before["config"]
+    if config["tier"] != setting.tier:
+        option = "--scale paper" if config["tier"] == "paper" else f"--tier {config['tier']}"
+        raise InputError(
+            f"Expected a cell of the tier {setting.tier}. Got {cell_id}, of {config['tier']}: give {option}."
+        )
     shared = setting.shape if config["kind"] == "memory" else setting.base
     here = {**config, **shared(config["model"], config["family"])}
     differing = [key for key in config if here[key] != config[key]]
@@ -216,7 +246,7 @@ def _blocks(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Here:
-    """The one-job pool: cells run in this process."""
+    """The pool of one job: cells run in this process."""
 
     def __init__(self, threads: int | None) -> None:
         _start_worker(None, threads)
@@ -236,28 +266,50 @@ class _Here:
         return future
 
 
-def _pool(jobs: int, threads: int | None) -> Any:
-    if jobs == 1:
-        return _Here(threads)
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(jobs):
-        numbers.put(number)
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    return ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_start_worker, initargs=(numbers, threads, os.getpid())
-    )
+class _Processes:
+    """The pool of several jobs: a process each, in an executor of its own, so that a killed one breaks no other."""
+
+    def __init__(self, jobs: int, threads: int | None) -> None:
+        self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.executors = [self._start(number) for number in range(jobs)]
+        self.last: list[Future[Any] | None] = [None] * jobs
+
+    def _start(self, number: int) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        arguments = (number, self.threads, os.getpid())
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=arguments)
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for executor in self.executors:
+            executor.shutdown()
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """To the first process that has nothing to do, or one in its place where it was killed."""
+        number = next(number for number, last in enumerate(self.last) if last is None or last.done())
+        try:
+            future = self.executors[number].submit(work, *arguments)
+        except BrokenProcessPool:
+            self.executors[number] = self._start(number)
+            future = self.executors[number].submit(work, *arguments)
+        self.last[number] = future
+        return future
 
 
-def _start_worker(numbers: Any, threads: int | None, parent: int | None = None) -> None:
+def _pool(jobs: int, threads: int | None) -> _Here | _Processes:
+    return _Here(threads) if jobs == 1 else _Processes(jobs, threads)
+
+
+def _start_worker(number: int | None, threads: int | None, parent: int | None = None) -> None:
     """In each process, before torch is used: its GPU, its threads, and an end when its parent is gone."""
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    number = numbers.get() if numbers is not None else None
     if number is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else None
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)] if devices else str(number)
+        devices = visible.split(",") if visible is not None else None  # "" hides all, and so does its one entry
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)] if devices is not None else str(number)
     import torch
 
     if threads is not None:

@@ -21,7 +21,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedTo
 
 from smtune.bench.arms import Arm
 from smtune.bench.measure import step as timed_step
-from smtune.data import Collator, prepare
+from smtune.data import Collator, encode, prepare, read_records, to_example
+from smtune.errors import InputError
 from smtune.evaluation import answer_loss, evaluate
 from smtune.models import load_model, load_tokenizer, resolve
 from smtune.reproduce import arms, memory, mini
@@ -63,8 +64,10 @@ def run_cell(
     set_seed(config["seed"])
     outcome = KINDS[config["kind"]](config, setting, torch.device(device), on_step)
     outcome.record["measured"]["seconds"] = round(time.perf_counter() - started, 2)
-    environment = describe_environment(torch.device(device), cell.config["seed"])
-    return Outcome({"environment": environment, **outcome.record}, outcome.items)
+    record = {"environment": describe_environment(torch.device(device), cell.config["seed"]), **outcome.record}
+    if config["kind"] != "memory" and config["method"] != "base":
+        record["dropped_rows"] = _dropped_rows(config, setting)
+    return Outcome(record, outcome.items)
 
 
 # The four kinds -------------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def _fit(
     on_step: OnStep,
 ) -> Arm:
     """Train a frozen model on the rows of a family. Fills in what there is to say of it."""
-    recipe, rows = config["recipe"], _rows(setting, config["model"], family)
+    recipe, (rows, _) = config["recipe"], _rows(setting, config["model"], family)
     steps = count_steps(recipe, len(rows))
     collator = _collator(tokenizer)
 
@@ -168,7 +171,7 @@ def _select(config: Mapping[str, Any], setting: Setting, device: torch.device, o
 def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_step: OnStep) -> Outcome:
     data = load_data(setting, config["family"])
     tokenizer = _tokenizer(setting, config["model"])
-    recipe, rows = config["recipe"], _rows(setting, config["model"], config["family"])
+    recipe, (rows, _) = config["recipe"], _rows(setting, config["model"], config["family"])
     collator = _collator(tokenizer)
     model = _base(config, setting, device)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -239,10 +242,17 @@ def _tokenizer(setting: Setting, model: str) -> PreTrainedTokenizerBase:
 
 
 @cache
-def _rows(setting: Setting, model: str, family: str) -> Dataset:
-    """The training rows in tokens."""
+def _rows(setting: Setting, model: str, family: str) -> tuple[Dataset, int]:
+    """The training rows in tokens, and how many are left out as too long."""
     length = setting.declared.recipe.max_length
-    return prepare(load_data(setting, family).train, _tokenizer(setting, model), max_length=length)[0]
+    rows, report = prepare(load_data(setting, family).train, _tokenizer(setting, model), max_length=length)
+    return rows, report.n_dropped
+
+
+def _dropped_rows(config: Mapping[str, Any], setting: Setting) -> int:
+    """How many of the rows to train on or score with are left out as too long."""
+    families = dict.fromkeys([config["family"], config.get("then"), config.get("scored_on")])
+    return sum(_rows(setting, config["model"], family)[1] for family in families if family is not None)
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
@@ -258,7 +268,7 @@ def _scoring_batches(
     device: torch.device,
 ) -> Iterator[Batch]:
     """Batches without end of the rows that blocks are chosen by."""
-    rows = _rows(setting, config["model"], config.get("scored_on", family))
+    rows, _ = _rows(setting, config["model"], config.get("scored_on", family))
     if "half" in config:
         rows = rows.select(range(config["half"] - 1, len(rows), 2))
     return micro_batches(rows, _collator(tokenizer), config["recipe"], config["seed"], device)
@@ -301,10 +311,14 @@ def _evaluate(
 def _loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Record], config: Mapping[str, Any]
 ) -> float | None:
-    """The loss on rows; None where there are none."""
+    """The loss on rows; None where there are none, or none that fits."""
     if not rows:
         return None
-    encoded, _ = prepare(rows, tokenizer, max_length=config["recipe"]["max_length"])
+    examples = [to_example(record, tokenizer) for record in read_records(rows)]
+    try:
+        encoded, _ = encode(examples, tokenizer, max_length=config["recipe"]["max_length"])
+    except InputError:  # none fits, which must not cost what has been trained
+        return None
     return _finite(answer_loss(model, tokenizer, encoded, config["evaluation"]["batch_size"]))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smtune.errors import InputError
 from smtune.training.folder import RunFolder, list_checkpoints, mark_complete, read_metrics
@@ -25,7 +25,7 @@ from smtune.training.folder import RunFolder, list_checkpoints, mark_complete, r
 class Checkpoints(TrainerCallback):
     """Marks checkpoints as complete, and deletes old ones only then, so that a kill at any instant leaves one.
 
-    The last step needs none: what was trained is saved right after it.
+    The last step needs none: what was trained is saved right after it. Rows held out are looked at then too.
     """
 
     def __init__(self, run: RunFolder, keep: int) -> None:
@@ -38,6 +38,7 @@ class Checkpoints(TrainerCallback):
         is_last = state.global_step >= state.max_steps
         if is_last:
             control.should_save = False
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
         if is_last or control.should_save:
             # Trainer forgets on resuming what it has not logged; so both runs log the same windows.
             control.should_log = True
@@ -59,7 +60,8 @@ class Metrics(TrainerCallback):
 
     A line holds `step`, `epoch`, `loss` (mean since the last line), `learning_rate`, `grad_norm`, `tokens` (trained
     on so far, without padding), `tokens_per_second` (since the last line) and `elapsed` (seconds of training, over
-    all parts of a run that was resumed).
+    all parts of a run that was resumed). Where rows are held out, a line after it holds `step`, `epoch`, `eval_loss`
+    (of those rows) and `elapsed`, which leaves the time for them out.
     """
 
     def __init__(self, path: Path, progress: TrainProgress) -> None:
@@ -90,6 +92,9 @@ class Metrics(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if logs and "eval_loss" in logs:
+            self._log_held_out(state, logs)
+            return
         if not logs or "loss" not in logs:  # Trainer's summary at the end
             return
         if not math.isfinite(logs["loss"]):
@@ -110,9 +115,20 @@ class Metrics(TrainerCallback):
         }
         self.last_time, self.last_tokens = now, state.num_input_tokens_seen
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+            self._append(event)
             self.progress.show(event)
+
+    def _log_held_out(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        self.started += logs["eval_runtime"]
+        self.last_time += logs["eval_runtime"]
+        if state.is_world_process_zero:
+            event = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "eval_loss": logs["eval_loss"]}
+            self._append(event | {"elapsed": round(self.elapsed, 3)})
+            self.progress.show_held_out(event)
+
+    def _append(self, event: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
 
 
 class TrainProgress(TrainerCallback):
@@ -155,6 +171,11 @@ class TrainProgress(TrainerCallback):
             left = timedelta(seconds=round(event["elapsed"] / event["step"] * (self.max_steps - event["step"])))
             line = f"step {event['step']}/{self.max_steps}  {numbers}  {left} left"
             self.console.print(line, highlight=False, soft_wrap=True)
+
+    def show_held_out(self, event: dict[str, Any]) -> None:
+        """Show the loss of the rows held out, which stays above a bar."""
+        line = f"step {event['step']}/{self.max_steps}  loss of the rows held out {event['eval_loss']:.4f}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the bar away, whether training ended or failed."""

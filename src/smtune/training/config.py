@@ -66,6 +66,8 @@ class DataConfig(_Section):
         train_on: "answer" puts the loss on the answer alone, "all" on every token.
         on_long: what becomes of a longer example: "drop", "truncate_prompt" or "error".
         limit: train on this many examples, a sample drawn by the seed. None: all.
+        validation: rows that nothing is trained on, whose loss is taken with every checkpoint and at the end: sources
+            as of `train`, or how many examples to keep out of it, drawn by the seed.
     """
 
     train: Text | Annotated[list[Text], Field(min_length=1)]
@@ -74,6 +76,7 @@ class DataConfig(_Section):
     train_on: Literal["answer", "all"] = "answer"
     on_long: Literal["drop", "truncate_prompt", "error"] = "drop"
     limit: Count | None = None
+    validation: Text | Annotated[list[Text], Field(min_length=1)] | Count | None = None
 
 
 class SMTSection(_Section):
@@ -265,7 +268,7 @@ class TrainConfig(_Section):
             values["smt"] = {key: values["smt"][key] for key in ("mode", "plan")}
         elif self.has_dense_warmup:
             values["smt"] = {key: value for key, value in values["smt"].items() if key not in _WITHOUT_DENSE_WARMUP}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 # Faults that concern several fields ---------------------------------------------------------------------------------
@@ -567,9 +570,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would take for a number: the text 1e-4."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def _parse_yaml(text: str, where: str) -> Any:

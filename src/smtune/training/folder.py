@@ -73,11 +73,12 @@ class RunFolder:
         made += [checkpoint / COMPLETE for checkpoint in list_checkpoints(self.checkpoints)]
         return any(path.exists() for path in made)
 
-    def check_start(self, config: TrainConfig, resume: bool, processes: int) -> None:
+    def check_start(self, config: TrainConfig, resume: bool, processes: int, engine: str) -> None:
         """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run.
 
         Args:
             processes: that would train. A step takes rows for each, so another number is another run.
+            engine: that would train. Another finds no state of the optimizer in the checkpoints.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"Expected output to be a folder. {self.path} is a file.")
@@ -109,21 +110,27 @@ class RunFolder:
                 + "\n  ".join(lines)
                 + "\nUndo them, or choose another output."
             )
-        self._check_processes(processes)
+        self._check_launch(processes, engine)
         for record in (self.data, self.environment, self.scoring):
             if record.is_file():
                 read_record(record)
 
-    def _check_processes(self, now: int) -> None:
+    def _check_launch(self, processes: int, engine: str) -> None:
         if self.is_finished or not list_checkpoints(self.checkpoints) or not self.environment.is_file():
             return
         started = read_record(self.environment)
-        last = [started, *started.get("resumed", [])][-1]  # from the first checkpoint on, all are as many
-        before = last.get("processes", now)
-        if before != now:
+        last = [started, *started.get("resumed", [])][-1]  # from the first checkpoint on, all are alike
+        before = last.get("processes", processes)
+        if before != processes:
             raise InputError(
                 f"Expected the number of processes that made the checkpoints in {self.path}, {before}: a step takes "
-                f"rows for each. Got {now}: start {before}, or choose another output."
+                f"rows for each. Got {processes}: start {before}, or choose another output."
+            )
+        before = last.get("engine", engine)  # older records have none
+        if before != engine:
+            raise InputError(
+                f"Expected the engine that made the checkpoints in {self.path}, {before}, which alone reads its "
+                f"optimizer's state. Got {engine}: start it as before, or choose another output."
             )
 
     def last_checkpoint(self, tell: Callable[[str], object] = lambda text: None) -> Path | None:

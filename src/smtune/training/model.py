@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,23 +51,12 @@ def load_base(config: TrainConfig, warmed: Path | None = None) -> nn.Module:
 
 def smt_config(config: TrainConfig) -> smtune.SMTConfig:
     """The adapter's own configuration, without a plan."""
-    smt = config.smt
+    others = {"layers", "score_batch_size", "plan", "dense_warmup_steps", "dense_warmup_learning_rate"}
     return smtune.SMTConfig(
         task_type="CAUSAL_LM",
-        target_modules=smt.target_modules,
-        exclude_modules=smt.exclude_modules,
-        layers_to_transform=smt.layers,
-        block_size=smt.block_size,
-        budget=smt.budget,
-        criterion=smt.criterion,
-        policy=smt.policy,
-        shares=smt.shares,
-        max_backward_cost=smt.max_backward_cost,
-        warmup_steps=smt.warmup_steps,
-        accumulator_device=smt.accumulator_device,
-        accumulator_dtype=smt.accumulator_dtype,
-        mode=smt.mode,
+        layers_to_transform=config.smt.layers,
         seed=config.training.seed,
+        **config.smt.model_dump(exclude=others),
     )
 
 
@@ -102,12 +91,26 @@ def foresee(config: TrainConfig, kept: Path | None = None) -> Foreseen:
     total_parameters = count_parameters(model)
     if config.method == "smt":
         plan = expected_plan(model, config, kept)
+        if config.has_dense_warmup:
+            _check_mergeable(model, [name for name, own in plan.modules.items() if kept is None or own.rows])
         remarks = (*_remarks_on_dtype(config), *_remarks_on_warmup(config), *_remarks_on_length(model, config))
         remarks += tuple(_remarks_on_budget(plan, config))
         return Foreseen(total_parameters, plan.n_params, plan, remarks)
     remarks = (*_remarks_on_dtype(config), *_remarks_on_length(model, config))
     parameters = wrap(model, config, None).parameters()
     return Foreseen(total_parameters, sum(p.numel() for p in parameters if p.requires_grad), None, remarks)
+
+
+def _check_mergeable(model: nn.Module, modules: Sequence[str]) -> None:
+    """Raises InputError if another module shares the weight of one of `modules`: a dense warm-up ends in a merge."""
+    uses = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    shared = [name for name in modules if uses.count(id(model.get_submodule(name).weight)) > 1]
+    if shared:
+        raise InputError(
+            "smt.dense_warmup_steps: expected targets with weights of their own, since blocks are merged into them at "
+            f"the end. Got {shared[0]}, whose weight another module shares: leave it out of smt.target_modules, or "
+            "leave the dense warm-up out."
+        )
 
 
 def _remarks_on_dtype(config: TrainConfig) -> Iterator[str]:
@@ -262,12 +265,17 @@ def wrap(model: nn.Module, config: TrainConfig, plan: smtune.Plan | None) -> nn.
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises InputError unless something is trained, and all of it in fp32: small steps vanish in 16 bits."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Raises InputError unless something is trained, and all of it in fp32: small steps vanish in 16 bits.
+
+    Weights that ZeRO-3 splits in 16 bits will do: it trains an fp32 copy.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = [
-        f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in dtypes.items() if dtype != torch.float32
+        f"{name} ({str(parameter.dtype).removeprefix('torch.')})"
+        for name, parameter in trained.items()
+        if parameter.dtype != torch.float32 and not hasattr(parameter, "ds_id")
     ]
-    if not dtypes:
+    if not trained:
         raise InputError("Expected something to train. Got a model with every parameter frozen.")
     if wrong:
         raise InputError(

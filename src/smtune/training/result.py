@@ -1,6 +1,7 @@
 """What a run leaves behind: the folder of what was trained, and the final numbers.
 
-Imports transformers, peft, `smtune.models`, the tuner and, of this package, `config`, `folder` and `trainer`.
+Imports transformers, `smtune.models`, `smtune.sharded`, the tuner and, of this package, `config`, `folder` and
+`trainer`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -37,6 +37,7 @@ class RunResult:
         seconds: of training; scoring_seconds: of making the plan, a dense warm-up included; 0.0 where none was made.
         tokens: trained on, without padding; those of a dense warm-up not counted.
         peak_memory: bytes; of the device's memory on a GPU, else of the process. Of the last part of a resumed run.
+        eval_loss: of the rows held out, after the last step; None where none are.
         dense_warmup_steps: steps of full fine-tuning that came before. If any, `trained` differs from the base in every
             weight, of which `trainable_parameters` were trained in `steps`.
     """
@@ -55,6 +56,7 @@ class RunResult:
     total_parameters: int
     peak_memory: int
     dense_warmup_steps: int = 0
+    eval_loss: float | None = None
 
     @property
     def trainable_fraction(self) -> float:
@@ -68,18 +70,16 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         if PartialState().is_main_process:
             write_folder(folder.trained(config), lambda path: _fill_with_merged(path, trainer, tokenizer, config))
         return
-    state = trained_state_dict(model) if isinstance(model, peft.PeftModel) else None  # gathers from every process
-    fsdp: Any = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if state is None and fsdp is not None:
-        fsdp.set_state_dict_type("FULL_STATE_DICT")  # of the others, nothing is saved
+    state: dict[str, Any] = trained_state_dict(model)  # gathers from every process
+    if config.method == "full":
+        state |= {k: v for k, v in model.state_dict(keep_vars=True).items() if not isinstance(v, torch.nn.Parameter)}
 
     def fill(path: Path) -> None:
-        if state is None:
-            trainer.save_model(str(path))  # gathers, too
-        else:
-            model.save_pretrained(str(path), state_dict=state)
+        save_model(model, path, state)
+        if config.method == "full":
+            model.config.dtype = "float32"  # as what was saved; DeepSpeed's model may be in 16 bits
+            model.config.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        (path / "training_args.bin").unlink(missing_ok=True)
         # An alias is known by its name; a folder by its whole path, so that the adapter works from any other.
         here = resolve(config.model)
         anywhere = portable_name(config.model) if config.model in ALIASES else here
@@ -93,14 +93,16 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConf
 
     if PartialState().is_main_process:
         write_folder(folder.trained(config), fill)
-    elif state is None:
-        trainer.save_model(str(folder.path / ".nothing"))  # takes part in the gathering, writes nothing
 
 
-def save_model(model: Any, path: Path) -> None:
-    """Write a transformers model, as transformers loads it."""
+def save_model(model: Any, path: Path, state: dict[str, Any] | None = None) -> None:
+    """Write a model as transformers, or an adapter as PEFT loads it.
+
+    Args:
+        state: its tensors by name, used up. None: those that the model has.
+    """
     with quiet():
-        model.save_pretrained(str(path))
+        model.save_pretrained(str(path), state_dict=state)
 
 
 def _fill_with_merged(path: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
@@ -150,7 +152,8 @@ def final_result(
     total_parameters: int,
 ) -> RunResult:
     """The numbers of a run that has just ended, from its folder and its trainer."""
-    events = read_metrics(folder.metrics)
+    every = read_metrics(folder.metrics)
+    events = [event for event in every if "loss" in event]
     steps = [event["step"] for event in events]
     windows = [step - before for step, before in zip(steps, [0, *steps])]
     scoring = read_record(folder.scoring, "seconds") if folder.scoring.is_file() else {"seconds": 0.0}
@@ -170,13 +173,14 @@ def final_result(
         total_parameters=total_parameters,
         peak_memory=_peak_memory(trainer.args.device),
         dense_warmup_steps=config.smt.dense_warmup_steps or 0,
+        eval_loss=next((event["eval_loss"] for event in reversed(every) if "eval_loss" in event), None),
     )
 
 
 def read_result(folder: RunFolder, config: TrainConfig) -> RunResult:
     """Those of a finished run."""
     names = {field.name for field in dataclasses.fields(RunResult)} - {"folder", "trained"}
-    values = read_record(folder.result, *sorted(names - {"dense_warmup_steps"}))
+    values = read_record(folder.result, *sorted(names - {"dense_warmup_steps", "eval_loss"}))
     return RunResult(
         folder=str(folder.path),
         trained=str(folder.trained(config)),

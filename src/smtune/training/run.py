@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -57,6 +58,7 @@ from smtune.training.trainer import (
     check_engine,
     check_trackers,
     count_steps,
+    engine_name,
     loads_on_first,
     rows_per_step,
     training_arguments,
@@ -147,13 +149,13 @@ def train(
     folder = RunFolder(config.output)
     check_trackers(config)
     if folder.is_finished or folder.path.is_file():
-        folder.check_start(config, resume, PartialState().num_processes)
+        folder.check_start(config, resume, PartialState().num_processes, engine_name(config))
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return read_result(folder, config)
     check_engine(config)
     arguments = training_arguments(config, folder)
     with locked(folder.path) if PartialState().is_main_process else nullcontext():
-        folder.check_start(config, resume, PartialState().num_processes)
+        folder.check_start(config, resume, PartialState().num_processes, engine_name(config))
         with folder.room_needed():
             return _train(config, folder, arguments, console, callbacks)
 
@@ -168,12 +170,13 @@ def _train(
     """`train` in a folder that may be written, and in which no other process is."""
     is_main = PartialState().is_main_process
     checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
-    tokenizer, dataset, data_record, summary = _load_data(config)
+    tokenizer, dataset, held_out, data_record, summary = _load_data(config)
     _check_same_data(folder, data_record)
     collator = _collator(tokenizer)
     _say(console, f"Data: {summary}")
     kept = folder.plan if config.method == "smt" and _from_main(folder.has_plan(config)) else None
-    must_score = config.method == "smt" and config.smt.plan is None and kept is None
+    makes_plan = config.method == "smt" and config.smt.plan is None
+    must_score = makes_plan and kept is None
     # What does not fit the model is found here, before its weights are read and anything is written.
     if must_score:
         check_scoring(config)
@@ -183,7 +186,8 @@ def _train(
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
     else:
-        with whole_weights(arguments) if must_score else nullcontext():
+        # On resuming, too: the mode "auto" tells weights that are loaded whole from those in parts.
+        with whole_weights(arguments) if makes_plan else nullcontext():
             model = load_base(config, folder.warmed if config.has_dense_warmup and not must_score else None)
     if must_score:
         model = model.to(arguments.device)  # else the engine, or Trainer, places it
@@ -219,6 +223,7 @@ def _train(
         model=model,
         args=arguments,
         train_dataset=dataset.select_columns(["input_ids", "labels"]),
+        eval_dataset=held_out.select_columns(["input_ids", "labels"]) if held_out is not None else None,
         data_collator=collator,
         callbacks=[Checkpoints(folder, config.training.keep_checkpoints), metrics, progress, *callbacks],
     )
@@ -256,7 +261,7 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
     check_scoring(config)
-    tokenizer, dataset, _, _ = _load_data(config)
+    tokenizer, dataset, _, _, _ = _load_data(config)
     console = console or Console(stderr=True)
     _say_remarks(console, foresee(config))
     model = load_base(config).to(PartialState().device)
@@ -278,11 +283,11 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     check_trackers(config)
     check_engine(config, processes)
     processes = processes or PartialState().num_processes
-    folder.check_start(config, resume, processes)
+    folder.check_start(config, resume, processes, engine_name(config))
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
         check_scoring(config)
-    _, dataset, _, summary = _load_data(config)
+    _, dataset, _, _, summary = _load_data(config)
     foreseen = foresee(config, kept)
     blocks, n_scoring, plan = "", 0, foreseen.plan
     if plan is not None:
@@ -321,29 +326,50 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def _load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, dict[str, Any], str]:
-    """The model's tokenizer, the rows, the record of them for `data.json`, and the same in words."""
-    data = config.data
+def _load_data(
+    config: TrainConfig,
+) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None, dict[str, Any], str]:
+    """The model's tokenizer, the rows, those held out, the record of them for `data.json`, and the same in words."""
+    data, seed = config.data, config.training.seed
     # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
-    records = read_records(data.train, format=data.format, limit=data.limit, seed=config.training.seed)
+    records = read_records(data.train, format=data.format, limit=data.limit, seed=seed)
+    held_out_records = None
+    if isinstance(data.validation, (str, list)):
+        held_out_records = read_records(data.validation, format=data.format)
     tokenizer = load_tokenizer(config.model)
-    dataset, report = encode(
-        [to_example(record, tokenizer) for record in records],
-        tokenizer,
-        max_length=data.max_length,
-        train_on=data.train_on,
-        on_long=data.on_long,
+
+    encoded = partial(
+        encode, tokenizer=tokenizer, max_length=data.max_length, train_on=data.train_on, on_long=data.on_long
     )
-    sources = [data.train] if isinstance(data.train, str) else data.train
+    dataset, report = encoded([to_example(record, tokenizer) for record in records])
+    held_out, summary = None, str(report)
+    record = {"sources": _digests(data.train), **dataclasses.asdict(report)}
+    if held_out_records is not None:
+        held_out, held_out_report = encoded([to_example(record, tokenizer) for record in held_out_records])
+        summary += f". Held out: {held_out_report}"
+        record["validation"] = {"sources": _digests(data.validation), "rows_sha256": _rows_sha256(held_out)}
+    elif isinstance(data.validation, int):
+        if data.validation >= len(dataset):
+            raise InputError(
+                f"data.validation: expected fewer rows than there are to train on. Got {data.validation} of "
+                f"{len(dataset)}: keep fewer, or name a file of others."
+            )
+        chosen = set(random.Random(seed).sample(range(len(dataset)), data.validation))
+        held_out = dataset.select(sorted(chosen))
+        dataset = dataset.select([k for k in range(len(dataset)) if k not in chosen])
+        summary += f". Held out: {data.validation:,} of them"
+    return tokenizer, dataset, held_out, record | {"rows_sha256": _rows_sha256(dataset)}, summary
+
+
+def _digests(sources: Any) -> dict[str, str | None]:
+    return {source: _file_sha256(Path(source)) for source in ([sources] if isinstance(sources, str) else sources)}
+
+
+def _rows_sha256(dataset: Dataset) -> str:
     rows = hashlib.sha256()
     for ids, labels in zip(dataset["input_ids"], dataset["labels"]):
         rows.update(json.dumps([ids, labels]).encode())
-    record = {
-        "sources": {source: _file_sha256(Path(source)) for source in sources},
-        "rows_sha256": rows.hexdigest(),
-        **dataclasses.asdict(report),
-    }
-    return tokenizer, dataset, record, str(report)
+    return rows.hexdigest()
 
 
 def _file_sha256(path: Path) -> str | None:
@@ -355,7 +381,12 @@ def _file_sha256(path: Path) -> str | None:
 def _check_same_data(folder: RunFolder, record: dict[str, Any]) -> None:
     if folder.holds_work and folder.data.is_file():
         before = read_record(folder.data, "rows_sha256", "sources")
-        if before["rows_sha256"] != record["rows_sha256"]:
+        pairs = [(before, record)]
+        if "validation" in before and "validation" in record:
+            pairs.append((before["validation"], record["validation"]))
+        for before, record in pairs:
+            if before["rows_sha256"] == record["rows_sha256"]:
+                continue
             changed = [
                 source for source, digest in record["sources"].items() if before["sources"].get(source) != digest
             ]
@@ -439,7 +470,7 @@ def _write_start(
         for left in (folder.data, folder.environment, folder.scoring, folder.metrics):
             left.unlink(missing_ok=True)  # by a start that came to nothing
     write_json(folder.data, data_record)
-    environment = describe_environment(arguments.device, config.training.seed)
+    environment = describe_environment(arguments.device, config.training.seed) | {"engine": engine_name(config)}
     step = step_of(checkpoint) if checkpoint is not None else 0
     if folder.environment.is_file():
         before = read_record(folder.environment)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import str_to_bool
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -58,6 +59,24 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
             "smt.dense_warmup_steps: expected one process, or several with a whole model each (DDP). Got a launcher "
             "that asks for DeepSpeed or FSDP: use --nproc or torchrun, or leave the dense warm-up out."
         )
+    if engine_name(config) == "fsdp":
+        _check_fsdp(config)
+
+
+def _check_fsdp(config: TrainConfig) -> None:
+    """Raises InputError for what gives parameters other names, by which nothing could be loaded again."""
+    keys = {key.removeprefix("fsdp_"): value for key, value in (config.training.fsdp or {}).items()}  # as Trainer
+    by_launcher = os.environ.get("FSDP_VERSION", "1")  # which Trainer's own keys do not look at
+    if str(keys.get("version", by_launcher if config.training.fsdp is None else 2)) != "2":
+        raise InputError(
+            "training.fsdp: expected FSDP2. Got FSDP1: set its version, or fsdp_version for accelerate launch, to 2."
+        )
+    by_launcher = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    if str_to_bool(str(keys.get("activation_checkpointing", by_launcher))):
+        raise InputError(
+            "training.fsdp: expected activations to be checkpointed by the model. Got FSDP's own "
+            "activation_checkpointing, here or for accelerate launch: set training.gradient_checkpointing instead."
+        )
 
 
 def _read_engine_file(path: str) -> dict[str, Any]:
@@ -68,6 +87,13 @@ def _read_engine_file(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"training.deepspeed: expected a JSON object in {path}. Got something else.")
     return values
+
+
+def engine_name(config: TrainConfig) -> str:
+    """Which engine trains, by the configuration or the launcher: "deepspeed", "fsdp", or "none" (DDP, one process)."""
+    if _uses_deepspeed(config):
+        return "deepspeed"
+    return "fsdp" if config.training.fsdp is not None or _uses_fsdp() else "none"
 
 
 def _uses_deepspeed(config: TrainConfig) -> bool:
@@ -165,6 +191,10 @@ def training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgume
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=training.save_steps,
+        eval_strategy="no" if config.data.validation is None else "steps",
+        eval_steps=training.save_steps,
+        per_device_eval_batch_size=training.batch_size,
+        prediction_loss_only=True,
         report_to=training.report_to,
         seed=training.seed,
         data_seed=training.seed,  # the order of rows comes from this alone, whatever a method draws

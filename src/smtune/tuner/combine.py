@@ -246,9 +246,12 @@ def _weights_of(tensors: dict[str, Tensor], config: SMTConfig, path: str | os.Pa
                 f"blocks of {module}."
             )
         weights[module] = weight
-    if left:
+    # Of a targeted head PEFT saves the frozen base too.
+    bases = tuple(f"base_model.model.{module}.base_layer." for module in weights)
+    others = sorted(name for name in left if not name.startswith(bases))
+    if others:
         raise InputError(
-            f"Expected nothing but the blocks of the plan at {os.fspath(path)}. Got {sorted(left)[0]} too: use "
+            f"Expected nothing but the blocks of the plan at {os.fspath(path)}. Got {others[0]} too: use "
             "`load_adapter` under a new name, then `set_adapter`."
         )
     return weights

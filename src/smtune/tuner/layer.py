@@ -23,7 +23,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -134,6 +134,22 @@ class MixedRows(threading.local):
         return MixedRows, ()  # a copy is of no call
 
 
+class _Positions:
+    """Where the blocks of an index stand in another."""
+
+    def __init__(self, index: BlockIndex, within: BlockIndex) -> None:
+        place = {pair: k for k, pair in enumerate(within.pairs)}
+        self._host = [place[pair] for pair in index.pairs]
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """(m,) int64 on `device`; copied there once."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # autograd saves it, even if the first use is in inference
+                self._on[device] = torch.tensor(self._host, dtype=torch.int64, device="cpu").to(device)
+        return self._on[device]
+
+
 class _ActiveSet:
     """The union of some adapters' blocks, and how deltas and originals fit into it.
 
@@ -147,11 +163,11 @@ class _ActiveSet:
         self.names = names
         self.index = _union(places)
         self.slots = [_positions(each, self.index) for each in places]
-        self._within: tuple[BlockIndex, Tensor | None] | None = None
+        self._within: tuple[BlockIndex, _Positions | None] | None = None
         self._keeping: BlockIndex | None = None
 
-    def positions(self, all_places: BlockIndex) -> Tensor | None:
-        """Those of `index` among all places of the layer, (U,) int64; None if the two are the same."""
+    def positions(self, all_places: BlockIndex) -> _Positions | None:
+        """Those of `index` among all places of the layer; None if the two are the same."""
         if self._within is None or self._within[0] is not all_places:
             self._within = all_places, _positions(self.index, all_places)
         return self._within[1]
@@ -163,12 +179,14 @@ class _ActiveSet:
         return self._keeping
 
     def total(self, deltas: Sequence[Tensor]) -> Tensor:
-        """Σ of the adapters' deltas over `index`, (U, l, l), differentiable in each."""
+        """Σ of the adapters' deltas over `index`, (U, l, l), a sum in fp32 or wider; differentiable in each."""
         if len(deltas) == 1 and self.slots[0] is None:
             return deltas[0]
-        total = deltas[0].new_zeros(len(self.index), *deltas[0].shape[1:])
+        dtype = reduce(torch.promote_types, (delta.dtype for delta in deltas), torch.float32)
+        total = deltas[0].new_zeros(len(self.index), *deltas[0].shape[1:], dtype=dtype)
         for slots, delta in zip(self.slots, deltas):
-            total = total + delta if slots is None else total.index_add(0, slots.to(delta.device), delta)
+            term = delta.to(dtype)
+            total = total + term if slots is None else total.index_add(0, slots.on(term.device), term)
         return total
 
 
@@ -289,11 +307,15 @@ class SMTLinear(nn.Module, SMTLayer):
         device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
         if adapters is None or self._union is None or device is None or device.type == "meta":
             return
-        index = adapters.index
-        if self._shared is not None and self.learning() is not None:
-            index = adapters.keeping(self._shared.columns())
-        adapters.positions(self._union)
+        learners = self._learners(adapters)
+        index = adapters.index if learners is None else learners.index
+        if learners is not None and self._shared is not None:
+            index = learners.keeping(self._shared.columns())
+        for positions in (adapters.positions(self._union), *adapters.slots, *(learners or adapters).slots):
+            if positions is not None:
+                positions.on(device)
         self._union.on(device)
+        adapters.index.on(device)
         index.on(device)
         index.columns.on(device)
 
@@ -383,7 +405,7 @@ class SMTLinear(nn.Module, SMTLayer):
         if positions is not None:
             places, own = self._union, values
             values = self.smt_originals.to(own.dtype, copy=True)
-            values[positions] = own
+            values[positions.on(own.device)] = own
         scatter_(self._weight_OI(), places, values)
 
     def _values(self, adapters: _ActiveSet, total: Tensor) -> Tensor:
@@ -392,8 +414,9 @@ class SMTLinear(nn.Module, SMTLayer):
             self.take_originals()
         assert self._union is not None
         assert self.smt_originals is not None
-        positions = adapters.positions(self._union)
-        originals = self.smt_originals if positions is None else self.smt_originals[positions]
+        positions, originals = adapters.positions(self._union), self.smt_originals
+        if positions is not None:
+            originals = originals[positions.on(originals.device)]
         total = total.detach().to(torch.promote_types(total.dtype, torch.float32))
         return torch.add(total, originals).to(self.base_layer.weight.dtype)
 
@@ -440,12 +463,22 @@ class SMTLinear(nn.Module, SMTLayer):
             self.restore()
             return self._hooked(base(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
-        index, take = self._saving(adapters, x)
+        learners = self._learners(adapters)
+        learning, trained = adapters, total
+        if learners is not None and learners is not adapters:
+            learning, trained = learners, learners.total(self._deltas(learners))
+        index, take = self._saving(learning, x)
         if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
-            return self._hooked(additive_block_linear(base(x, *args, **kwargs), x, total, index, take), None)
+            y = base(x, *args, **kwargs)
+            frozen = [name for name in adapters.names if name not in learning.names]
+            if frozen:
+                others = self._adapters(frozen)
+                assert others is not None
+                y = additive_block_linear(y, x, others.total(self._deltas(others)), others.index)
+            return self._hooked(additive_block_linear(y, x, trained, index, take), None)
         self._stand(adapters, total)
-        y = block_linear(x, base.weight, base.bias, total, index, take, self._transposed)
+        y = block_linear(x, base.weight, base.bias, trained, index, take, self._transposed)
         return self._hooked(y, adapters, total)
 
     def _check_frozen(self) -> None:
@@ -491,9 +524,12 @@ class SMTLinear(nn.Module, SMTLayer):
     def learning(self) -> BlockIndex | None:
         """The blocks that the next forward takes gradients for; None if there are none."""
         adapters = None if self.disable_adapters or self.merged else self._adapters(self.active_adapters)
-        if adapters is None or not any(self._blocks(name).weight.requires_grad for name in adapters.names):
-            return None
-        return adapters.index
+        learners = None if adapters is None else self._learners(adapters)
+        return None if learners is None else learners.index
+
+    def _learners(self, adapters: _ActiveSet) -> _ActiveSet | None:
+        """Those of the adapters that are not frozen; None if all are."""
+        return self._adapters([name for name in adapters.names if self._blocks(name).weight.requires_grad])
 
     def share_input(self, shared: SharedInput | None) -> None:
         """Save the input's columns together with the layers of `shared`, of which this is one; None: alone."""
@@ -715,13 +751,9 @@ def _restore_base(layer: SMTLinear, prefix: str, keep_vars: bool) -> None:
     layer.restore()
 
 
-def _positions(index: BlockIndex, within: BlockIndex) -> Tensor | None:
-    """Where the blocks of `index` stand in `within`, (m,) int64; None if the two are the same."""
-    if index.pairs == within.pairs:
-        return None
-    position = {pair: k for k, pair in enumerate(within.pairs)}
-    with torch.inference_mode(False):  # autograd saves it, even if the first use is in inference
-        return torch.tensor([position[pair] for pair in index.pairs], device="cpu")
+def _positions(index: BlockIndex, within: BlockIndex) -> _Positions | None:
+    """Where the blocks of `index` stand in `within`; None if the two are the same."""
+    return None if index.pairs == within.pairs else _Positions(index, within)
 
 
 def _union(places: Sequence[BlockIndex]) -> BlockIndex:

@@ -66,7 +66,13 @@ def score_blocks(
     *,
     progress: bool | Callable[[int], object] | None = None,
 ) -> Scores:
-    """The first half of `make_plan`: {module name: (R, C) scores}, with what `select_blocks` needs of the model."""
+    """The first half of `make_plan`: {module name: (R, C) scores}, with what `select_blocks` needs of the model.
+
+    Args:
+        model, batches, config, progress: as for `make_plan`.
+    Raises:
+        InputError: a model that is wrapped by PEFT already, or what `smtune.scoring.score` refuses.
+    """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise InputError(
             "Expected the base model. Got one that is wrapped by PEFT already: make the plan first, or pass "
@@ -109,21 +115,20 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
     Raises:
         InputError: see `smtune.selection.select`.
     """
-    block_size = scores.block_size if isinstance(scores, Scores) else config.block_size
-    if isinstance(block_size, str):
-        raise InputError('Expected a numeric block_size with scores of your own making. Got "auto".')
-    costs = scores.backward_costs if isinstance(scores, Scores) else None
-    kinds = scores.kinds if isinstance(scores, Scores) else {}
-    limit = config.max_backward_cost
+    if not isinstance(scores, Scores):
+        if isinstance(config.block_size, str):
+            raise InputError('Expected a numeric block_size with scores of your own making. Got "auto".')
+        scores = Scores(scores, block_size=config.block_size, criterion=config.criterion)
+    costs, limit = scores.backward_costs, config.max_backward_cost
     select_within = partial(
         select,
         scores,
-        block_size=block_size,
+        block_size=scores.block_size,
         budget=config.budget,
         total_params=total_params,
         policy=config.policy,
         shares=config.shares,
-        kinds=kinds,
+        kinds=scores.kinds,
         backward_costs=costs,
         seed=config.seed,
     )
@@ -139,19 +144,19 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
             cols=tuple(col for _, col in index.pairs),
             score_mean=scores[name].mean().item(),
             score_max=scores[name].max().item(),
-            kinds=kinds.get(name, ()),
+            kinds=scores.kinds.get(name, ()),
         )
         for name, index in chosen.items()
     }
     return Plan(
         modules=modules,
-        block_size=block_size,
-        criterion=scores.criterion if isinstance(scores, Scores) else config.criterion,
+        block_size=scores.block_size,
+        criterion=scores.criterion,
         policy=config.policy,
         budget=config.budget,
         total_params=total_params,
-        batches_seen=scores.batches_seen if isinstance(scores, Scores) else 0,
-        model_name=scores.model_name if isinstance(scores, Scores) else "",
+        batches_seen=scores.batches_seen,
+        model_name=scores.model_name,
         shares=config.shares,
         seed=config.seed,
         max_backward_cost=limit,
@@ -163,7 +168,10 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
 def get_smt_model(
     model: nn.Module, config: SMTConfig, batches: Batches | None = None, adapter_name: str = "default"
 ) -> PeftModel:
-    """`make_plan`, then `peft.get_peft_model`, in one call."""
+    """`make_plan`, then `peft.get_peft_model`, in one call; `batches` are not read where `config` has a plan.
+
+    Raises as `make_plan` does.
+    """
     import peft
 
     if config.plan is None:
@@ -172,9 +180,10 @@ def get_smt_model(
 
 
 def preprocess_smt(model: nn.Module, config: SMTConfig, batches: Batches) -> None:
-    """Put a plan into `config` in place, after PEFT's convention for data-dependent methods.
+    """Put a plan, and its block size, into `config` in place, after PEFT's convention for data-dependent methods.
 
     As with `peft.tuners.lora.preprocess_loraga`: call it on the base model, then `peft.get_peft_model(model, config)`.
+    Raises as `make_plan` does.
     """
     planned = config.with_plan(make_plan(model, batches, config))
     config.plan, config.block_size = planned.plan, planned.block_size

@@ -1,7 +1,8 @@
 """Which layers of a model blocks are chosen from, and which of q, k and v their rows compute.
 
 `ATTENTION` has an entry for every architecture that is tested (tests/architectures). To add one: its `model_type`, the
-last names of its attention's input projections, and for a fused one how q, k and v lie in its rows.
+last names of its attention's input projections, and for a fused one how q, k and v lie in its rows. The names of
+projections that read one input go into `smtune.depth.SHARED_INPUTS` too.
 """
 
 from __future__ import annotations

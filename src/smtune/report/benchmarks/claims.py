@@ -65,8 +65,8 @@ class ShareClaim:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A claim held against all suites that can judge it.
+class ShareRow:
+    """A claim "to 0.5 %" held against all suites that can judge it.
 
     Attributes:
         values: the measured value by suite and arm, where there is one.
@@ -134,6 +134,8 @@ WEIGHTS = (
     "Fine-tuning"
 )
 ACTIVATIONS = "SMT reduces the activation memory cost for the in forward pass to 0.5%"
+GRADIENTS = "SMT reduces the memory cost of the optimizer gradients to 0.5%"
+STEP = "SMT reduces the gradient step computation cost to 0.5%"
 
 SHARE_CLAIMS = (
     ShareClaim(WEIGHTS, "§3.1", "counted FLOPs of the weight gradients", _weight_gradient_flops),
@@ -142,35 +144,25 @@ SHARE_CLAIMS = (
         ACTIVATIONS, "§3.1", "bytes saved for the weights of q, k, v, over ordinary autograd's (SIFT's)", _saved_of_qkv
     ),
     ShareClaim(ACTIVATIONS, "§3.1", "all bytes that the forward saves", _saved_in_all),
-    ShareClaim(
-        "SMT reduces the memory cost of the optimizer gradients to 0.5%",
-        "§3.1",
-        "gradients' bytes",
-        _state("gradients"),
-    ),
+    ShareClaim(GRADIENTS, "§3.1", "gradients' bytes", _state("gradients")),
     ShareClaim(
         "This approach significantly cuts the memory cost of the Adam optimizer to 0.5%",
         "§3.1",
         "optimizer state's bytes",
         _state("optimizer"),
     ),
-    ShareClaim(
-        "SMT reduces the gradient step computation cost to 0.5%",
-        "§3.1",
-        "time of the optimizer step",
-        *_timed(part_ratios, "optimizer"),
-    ),
+    ShareClaim(STEP, "§3.1", "time of the optimizer step", *_timed(part_ratios, "optimizer")),
 )
 
 
-def share_rows(results: Record) -> list[Row]:
+def share_rows(results: Record) -> list[ShareRow]:
     """The claims "to 0.5 %", over the suites of LLaMA-7B's layer shapes; over all suites where there are none."""
     found = suites(results)
     found = [suite for suite in found if suite.is_7b()] or found
     return [_share_row(claim, found) for claim in SHARE_CLAIMS]
 
 
-def _share_row(claim: ShareClaim, found: list[Suite]) -> Row:
+def _share_row(claim: ShareClaim, found: list[Suite]) -> ShareRow:
     values: dict[str, dict[str, float]] = {}
     shares: dict[str, dict[str, float]] = {}
     to_share: list[str] = []
@@ -186,7 +178,7 @@ def _share_row(claim: ShareClaim, found: list[Suite]) -> Row:
                 interval = claim.interval(suite, name) if claim.interval else Estimate(value, value, value)
                 to_share.append(_at_most(SLACK * share, interval))
                 to_claimed += [_at_most(CLAIMED, interval)] * (name == SMALLEST)
-    return Row(claim, values, shares, _worst(to_share), _worst(to_claimed))
+    return ShareRow(claim, values, shares, _worst(to_share), _worst(to_claimed))
 
 
 def _at_most(bound: float, interval: Estimate | None) -> str:

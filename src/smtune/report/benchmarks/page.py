@@ -187,7 +187,12 @@ def _targets(results: Record) -> str:
     differs by no more than two floors is not told apart. *{PART}*: some of the rivals were not measured."""
     heads = ("from", "target", "where", "measured", "verdict")
     shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
-    return section("## Targets", prose(text), table(heads, shown), bullets("Why some are missed:", reasons(rows)))
+    return section(
+        "## Targets",
+        prose(text),
+        table(heads, shown),
+        bullets("Why some are missed, or not told apart:", reasons(rows)),
+    )
 
 
 def _reading() -> str:

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks import sweeps, words
-from smtune.report.benchmarks.markdown import Pictures, bullets, image, prose, section, table
+from smtune.report.benchmarks.markdown import Pictures, bullets, image, prose, section, table, verdict
 from smtune.report.benchmarks.records import (
     Record,
-    difference,
     get,
     of_kind,
     over,
@@ -21,12 +19,16 @@ from smtune.report.benchmarks.records import (
     step_ratios,
 )
 from smtune.report.benchmarks.targets import (
+    HOLDS,
+    MISSED,
     OPEN,
     SCORING,
     best_candidate,
-    dense_rates,
+    compare,
     kernel_cases,
+    rates_of_case,
     scoring_ratios,
+    timed_apart,
 )
 
 
@@ -146,9 +148,11 @@ def writing_section(results: Record) -> str:
     rows = []
     for suite, of in by_suite.items():
         at_use, after = of.get("at use"), of.get("after step")
-        estimate = difference(step_ratios(at_use), step_ratios(after))
+        estimate, told = compare(at_use, after)
         shown = words.signed(estimate) if estimate else words.DASH
-        rows.append([suite, _ratios(at_use), _ratios(after), shown, _faster(estimate)])
+        faster = {HOLDS: "at use", MISSED: "after the step"}.get(told, verdict(told))
+        faster += ", timed apart" * timed_apart(at_use, after)
+        rows.append([suite, _ratios(at_use), _ratios(after), shown, faster])
     text = """Resident blocks have to be written into W. At use is right under every wrapper, and writes in the forward
     and in the backward; after the step writes once."""
     heads = ("suite", "at use: step / floor", "after the step", "difference (95 %)", "which is faster")
@@ -161,20 +165,14 @@ def _ratios(record: Record | None) -> str:
     return words.with_quartiles(spread(step_ratios(record)))
 
 
-def _faster(estimate: Estimate | None) -> str:
-    if estimate is None or estimate.low <= 0 <= estimate.high:
-        return f"*{OPEN}*"
-    return "at use" if estimate.high < 0 else "after the step"
-
-
 def kernels_section(results: Record) -> str:
     """Candidates for the block gradient, a row for every shape."""
-    cases = kernel_cases(results)
-    candidates = list(dict.fromkeys(name for of in cases.values() for name in of))
+    cases = {case: rates_of_case(candidates) for case, candidates in kernel_cases(results).items()}
+    candidates = list(dict.fromkeys(name for _, rates in cases.values() for name in rates))
     rows = []
-    for case, of in cases.items():
-        rates = {name: dense_rates(record) for name, record in of.items()}
-        used = next((name for name, record in of.items() if record.get("used")), None)
+    for case, (used, rates) in cases.items():
+        if not rates:
+            continue
         cells = [words.percent_with_quartiles(spread(rates.get(name, ()))) for name in candidates]
         cells = [f"**{cell}**" if name == used else cell for name, cell in zip(candidates, cells)]
         judged = words.DASH if used is None else _is_best(used, rates)
@@ -189,6 +187,8 @@ def kernels_section(results: Record) -> str:
 
 
 def _is_best(used: str, rates: Mapping[str, np.ndarray]) -> str:
+    if used not in rates:
+        return f"no: {used} has no result"
     best, estimate = best_candidate(used, rates)
     if best == used:
         return "yes"

@@ -119,7 +119,7 @@ def get(record: Record | None, *keys: str) -> Any:
     return value
 
 
-def of_floor(arm: Record | None, floor: Record, *keys: str) -> Any:
+def of_floor(arm: Record | None, floor: Record | None, *keys: str) -> Any:
     """What was counted of the floor that ran beside the arm, or else of `floor`; None where neither has it."""
     beside = get(arm, f"floor_{keys[0]}", *keys[1:])
     return get(floor, *keys) if beside is None else beside
@@ -160,6 +160,11 @@ def all_flops(record: Record | None) -> float | None:
     """Counted FLOPs of forward and backward."""
     parts = [get(record, "flops", part) for part in ("forward", "backward")]
     return None if None in parts else sum(parts)
+
+
+def floor_flops(arm: Record | None, floor: Record | None = None) -> float | None:
+    """Counted FLOPs of the floor that ran beside the arm, or else of `floor`: what an arm's are held against."""
+    return all_flops({"flops": of_floor(arm, floor, "flops")})
 
 
 def pairs(record: Record | None) -> list[Record]:

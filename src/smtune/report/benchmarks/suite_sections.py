@@ -10,6 +10,7 @@ from smtune.report.benchmarks.records import (
     Suite,
     all_flops,
     beyond_floor,
+    floor_flops,
     get,
     label,
     median,
@@ -68,8 +69,8 @@ def _times(suite: Suite) -> str:
         ratios = "1 by definition" if name == FLOOR else words.with_quartiles(found)
         row.append(f"{ratios} **wide**" if found and found.wide else ratios)
         row += [words.ratio(median(part_ratios(arm, part))) for part in PARTS]
-        floor_flops = all_flops({"flops": arm.get("floor_flops")}) or all_flops(suite.floor)
-        row += [words.ratio(over(all_flops(arm), floor_flops)), words.count(found.n if found else None)]
+        row.append(words.ratio(over(all_flops(arm), floor_flops(arm, suite.floor))))
+        row.append(words.count(found.n if found else None))
         rows.append([*row, words.run(arm.get("run"))])
     return table(("arm", "trained", "share", "step / floor", *PARTS, "FLOPs / floor", "pairs", "measured"), rows)
 
@@ -118,7 +119,8 @@ def rivals_section(found: list[Suite]) -> str:
                     f"{words.signed(estimate)} {verdict(word)}" if estimate else verdict(word)
                     for estimate, word in told
                 ]
-                apart = [", timed apart" * timed_apart(suite, name, rival) for rival in rivals]
+                mine = suite.arms.get(name)
+                apart = [", timed apart" * timed_apart(mine, suite.arms.get(rival)) for rival in rivals]
                 rows.append((suite.name, *map("".join, zip(cells, apart))))
         of_name = table(("suite", *rivals.values()), rows)
         tables.append(section(f"{words.arm(name)} less …", of_name))

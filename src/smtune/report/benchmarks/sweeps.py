@@ -18,6 +18,7 @@ from smtune.report.benchmarks.records import (
     MIN_PAIRS,
     Record,
     all_flops,
+    floor_flops,
     minus,
     of_kind,
     pairs,
@@ -148,8 +149,7 @@ def _points(sweep: str, group: list[Record]) -> list[Point]:
     for record in group:
         x = AXES[sweep].x(record)
         if x and x > 0:
-            floor = all_flops({"flops": record.get("floor_flops")})
-            points[x] = Point(x, _seconds(record), minus(all_flops(record), floor))
+            points[x] = Point(x, _seconds(record), minus(all_flops(record), floor_flops(record)))
     return [points[x] for x in sorted(points)]
 
 

@@ -8,7 +8,7 @@ interval of the difference of medians decides, or does not. Imports `smtune.benc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from smtune.report.benchmarks.records import (
     difference,
     get,
     label,
-    median,
     median_interval,
     minus,
     of_floor,
@@ -162,22 +161,28 @@ REASONS = {
         as much as it multiplies; the log lists the layouts that were tried.""",
 }
 """By a part of a target's words, why it is missed where it is."""
+OPEN_REASONS = {
+    "step below": """The steps of arms that are not told apart differ by less than the noise of as many pairs, or were
+        timed apart, which tells nothing. More pairs would tell.""",
+}
+"""Likewise why it is not told apart."""
 
 
-def reasons(rows: Iterable[Row]) -> list[str]:
-    """Why targets are missed, for those that are."""
-    missed = [row.what for row in rows if row.verdict == MISSED]
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why targets are missed or not told apart, for those that are."""
     reasons = []
-    for part, why in REASONS.items():
-        of = next((what for what in missed if part in what), None)
-        reasons += [f"*{of}*: {' '.join(why.split())}"] if of else []
+    for verdict, of_verdict in ((MISSED, REASONS), (OPEN, OPEN_REASONS)):
+        found = [row.what for row in rows if row.verdict == verdict]
+        for part, why in of_verdict.items():
+            of = next((what for what in found if part in what), None)
+            reasons += [f"*{of}*: {' '.join(why.split())}"] if of else []
     return reasons
 
 
 def worst(verdicts: Iterable[str]) -> str:
     """The verdict of a row that several comparisons make up; those not measured do not count."""
     found = set(verdicts)
-    return next((verdict for verdict in (MISSED, OPEN, PART, HOLDS, NO_TARGET) if verdict in found), ABSENT)
+    return next((verdict for verdict in (MISSED, OPEN, PART, HOLDS) if verdict in found), ABSENT)
 
 
 def compare(a: Record | None, b: Record | None) -> tuple[Estimate | None, str]:
@@ -198,10 +203,9 @@ def against(suite: Suite, name: str, rival: str) -> tuple[Estimate | None, str]:
     return compare(suite.arms.get(name), suite.arms.get(rival))
 
 
-def timed_apart(suite: Suite, name: str, rival: str) -> bool:
+def timed_apart(a: Record | None, b: Record | None) -> bool:
     """Whether two arms were timed, and not together."""
-    found = [suite.arms.get(arm) for arm in (name, rival)]
-    return all(step_ratios(arm).size for arm in found) and not all(map(timed_together, found))
+    return all(step_ratios(arm).size for arm in (a, b)) and not (timed_together(a) and timed_together(b))
 
 
 def _below(interval: Estimate | None, bound: float) -> str:
@@ -278,16 +282,21 @@ def _median(ratios: np.ndarray) -> tuple[float, Estimate | None, str]:
 def _below_rivals(found: list[Suite]) -> list[Row]:
     rows = []
     for name, rivals in RIVALS.items():
-        what = f"{words.arm(name)}: step below {', '.join(rivals.values())}"
-
-        def judge(suite: Suite, name=name, rivals=rivals) -> tuple[str, str]:
-            verdicts = {shown: against(suite, name, rival)[1] for rival, shown in rivals.items()}
+        judged = []
+        for suite in found:
+            told = {shown: against(suite, name, rival)[1] for rival, shown in rivals.items()}
+            verdicts = {shown: verdict for shown, verdict in told.items() if verdict != NO_TARGET}
             overall = worst(verdicts.values())
-            in_part = overall == HOLDS and ABSENT in verdicts.values()
-            return _by_verdict(verdicts), PART if in_part else overall
-
-        rows += _each(found, "1", what, judge)
+            if overall == HOLDS and ABSENT in verdicts.values():
+                overall = PART
+            if overall != ABSENT:
+                judged.append(Row("1", _step_below(name, verdicts), suite.name, _by_verdict(verdicts), overall))
+        rows += judged or [Row("1", _step_below(name, rivals.values()), "", "", ABSENT)]
     return rows
+
+
+def _step_below(name: str, rivals: Iterable[str]) -> str:
+    return f"{words.arm(name)}: step below {', '.join(rivals)}"
 
 
 def _by_verdict(verdicts: Mapping[str, str]) -> str:
@@ -552,19 +561,20 @@ def dense_rates(record: Record) -> np.ndarray:
     return np.array([b / a for a, b in zip(record.get("seconds") or (), record.get("ideal_seconds") or ()) if a])
 
 
-def dense_rate(record: Record) -> float | None:
-    """The median of `dense_rates`."""
-    return median(dense_rates(record))
-
-
 def kernel_cases(results: Record) -> dict[tuple, dict[str, Record]]:
-    """The "kernel" records that ran: by case, then by candidate."""
+    """The "kernel" records by case, then by candidate, those that failed included."""
     cases: dict[tuple, dict[str, Record]] = {}
     for record in of_kind(results, "kernel"):
-        if ran(record) and dense_rate(record) is not None:
-            key = tuple(record.get(name) for name in ("device", "dtype", "tokens", "features", "block_size", "blocks"))
-            cases.setdefault(key, {})[record.get("candidate", "")] = record
+        key = tuple(record.get(name) for name in ("device", "dtype", "tokens", "features", "block_size", "blocks"))
+        cases.setdefault(key, {})[record.get("candidate", "")] = record
     return cases
+
+
+def rates_of_case(candidates: Mapping[str, Record]) -> tuple[str | None, dict[str, np.ndarray]]:
+    """The candidate that is used, whether it ran or not, and the `dense_rates` of those that ran."""
+    used = next((name for name, record in candidates.items() if record.get("used")), None)
+    ran_at = {name: dense_rates(record) for name, record in candidates.items() if ran(record)}
+    return used, {name: rates for name, rates in ran_at.items() if rates.size}
 
 
 def best_candidate(used: str, rates: Mapping[str, np.ndarray]) -> tuple[str, Estimate | None]:
@@ -579,31 +589,37 @@ def _kernels(results: Record) -> list[Row]:
 
 def _best_candidates(results: Record) -> list[Row]:
     what = "the block gradient by the best of the measured layouts, or one not told apart from it"
-    slower: dict[str, list[str]] = {}
+    missed: dict[str, list[str]] = {}
     for (device, dtype, _, _, size, blocks), candidates in kernel_cases(results).items():
-        used = next((name for name, record in candidates.items() if record.get("used")), None)
+        used, rates = rates_of_case(candidates)
         if used is None:
             continue
-        of_dtype = slower.setdefault(", ".join(filter(None, ("kernels", device, dtype))), [])
-        best, estimate = best_candidate(used, {name: dense_rates(record) for name, record in candidates.items()})
+        of_dtype = missed.setdefault(", ".join(filter(None, ("kernels", device, dtype))), [])
+        if used not in rates:
+            of_dtype.append(f"{blocks} of {size}²: {used} has no result")
+            continue
+        best, estimate = best_candidate(used, rates)
         if estimate is not None and estimate.low > 0:
             of_dtype.append(f"{blocks} of {size}²: {best} faster by {100 * estimate.value:.0f} points")
     rows = [
-        Row("kernels", what, where, "; ".join(of) or "in every case", _holds(not of)) for where, of in slower.items()
+        Row("kernels", what, where, "; ".join(of) or "in every case", _holds(not of)) for where, of in missed.items()
     ]
     return rows or [Row("kernels", what, "", "", ABSENT)]
 
 
 def _half_rate(results: Record) -> Row:
     what = f"block gradient in bfloat16 at {words.percent(HALF_RATE, 0)} of the dense rate or more"
-    rates = [
-        rate
-        for case, candidates in kernel_cases(results).items()
-        for record in candidates.values()
-        if record.get("used") and case[1] == "bfloat16" and (rate := dense_rate(record)) is not None
-    ]
-    if not rates:
+    found, failed = [], []
+    for (_, dtype, _, _, size, blocks), candidates in kernel_cases(results).items():
+        used, rates = rates_of_case(candidates)
+        if dtype == "bfloat16" and used in rates:
+            found.append(float(np.median(rates[used])))
+        elif dtype == "bfloat16" and used is not None:
+            failed.append(f"{blocks} of {size}²: {used} has no result")
+    n_cases = len(found) + len(failed)
+    if not n_cases:
         return Row("kernels", what, "", "", ABSENT)
-    enough = sum(rate >= HALF_RATE for rate in rates)
-    text = f"{enough} of {len(rates)} cases; {words.percent(min(rates))} to {words.percent(max(rates))}"
-    return Row("kernels", what, "kernel records", text, _holds(enough == len(rates)))
+    enough = sum(rate >= HALF_RATE for rate in found)
+    texts = [f"{enough} of {n_cases} cases"]
+    texts += [f"{words.percent(min(found))} to {words.percent(max(found))}"] if found else []
+    return Row("kernels", what, "kernel records", "; ".join(texts + failed), _holds(enough == n_cases))

@@ -13,7 +13,7 @@ from typing import Any
 from smtune.evaluation.statistics import SIGNIFICANT, TIE, Estimate, mean_over_seeds
 from smtune.maps.layout import Projection, projections
 from smtune.report.benchmarks import claims as cost_claims
-from smtune.report.benchmarks.targets import ABSENT, OPEN
+from smtune.report.benchmarks import targets
 from smtune.reproduce import numbers
 from smtune.reproduce.cells import Record, validated
 from smtune.reproduce.evidence import words
@@ -24,6 +24,15 @@ from smtune.selection import Plan
 
 HOLDS, DOES_NOT, UNDECIDED, NOT_TESTABLE = "holds", "does not hold", "undecided", "not testable here"
 NOT_RUN = "not run yet"
+OF_BENCHMARK = {
+    targets.HOLDS: HOLDS,
+    targets.MISSED: DOES_NOT,
+    cost_claims.DOES_NOT: DOES_NOT,
+    targets.OPEN: UNDECIDED,
+    targets.PART: UNDECIDED,
+    cost_claims.NOT_HERE: f"{NOT_TESTABLE}: it is about GPUs",
+}
+"""By a verdict of `smtune bench`, the one here."""
 
 
 class Evidence:
@@ -305,17 +314,13 @@ class Timed:
         if evidence.benchmarks is None:
             return
         for row in cost_claims.other_rows(evidence.benchmarks):
-            if row.quote == self.quote and row.verdict != ABSENT:
-                yield Judged(f"{words.BENCHMARKS}, {row.where}", row.measured, _of_benchmark(row.verdict))
+            if row.quote == self.quote and row.verdict != targets.ABSENT:
+                yield Judged(f"{words.BENCHMARKS}, {row.where}", row.measured, OF_BENCHMARK[row.verdict])
         for row in cost_claims.share_rows(evidence.benchmarks):
-            if row.claim.quote == self.quote and row.to_claimed != ABSENT:
+            if row.claim.quote == self.quote and row.to_claimed != targets.ABSENT:
                 values = [value for of in row.values.values() for value in of.values()]
                 effect = f"{row.claim.measure}: {100 * min(values):.2f} to {100 * max(values):.2f} % of full's"
-                yield Judged(words.BENCHMARKS, effect, _of_benchmark(row.to_claimed))
-
-
-def _of_benchmark(verdict: str) -> str:
-    return UNDECIDED if verdict == OPEN else HOLDS if verdict == HOLDS else DOES_NOT
+                yield Judged(words.BENCHMARKS, effect, OF_BENCHMARK[row.to_claimed])
 
 
 Test = Better | Trend | Places | Counted | Timed
