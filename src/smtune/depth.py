@@ -85,10 +85,10 @@ def backward_end(model: nn.Module, trained: Iterable[str]) -> Iterator[bool]:
 
     A *layer* is an item of a list of layers, such as a decoder's. The output of frozen embeddings requires no gradient,
     whatever hooks say that were there before, so the layers below the lowest trained one keep nothing; nor are they
-    checkpointed, for there is nothing to recompute. The input of the lowest trained layer requires a gradient only if
-    that layer is under reentrant checkpointing, which runs a layer's backward for the sake of its inputs; dX of all its
-    products is then computed. What does take a gradient below, such as a trained embedding or the caller's own
-    embeddings, still gets it.
+    checkpointed, where that is done inside of their hooks, for there is nothing to recompute. The input of the lowest
+    trained layer requires a gradient only if that layer is under reentrant checkpointing, which runs a layer's backward
+    for the sake of its inputs; dX of all its products is then computed. What does take a gradient below, such as a
+    trained embedding or the caller's own embeddings, still gets it.
 
     Args:
         model: its embeddings are what `get_input_embeddings()` gives, if it has that.

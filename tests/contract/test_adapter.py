@@ -838,6 +838,22 @@ def test_training_after_a_first_use_in_inference_mode(names):
     assert not torch.equal(logits(model), before)
 
 
+def test_positions_travel_without_what_was_copied_to_a_device():
+    model = with_two("resident")
+    model.base_model.set_adapter(["default", "other"])
+    logits(model)
+
+    def kept(model):
+        sets = [each for layer in layers(model) for each in layer._active_sets.values()]
+        return [slots._on for each in sets for slots in each.slots if slots is not None]
+
+    assert any(kept(model))
+    twin = pickle.loads(pickle.dumps(model))
+    assert len(kept(twin)) == len(kept(model))
+    assert not any(kept(twin))
+    assert torch.equal(logits(twin), logits(model))
+
+
 def test_no_forward_of_another_thread_sees_the_base_in_between(monkeypatch):
     """With a second adapter loaded too, all that a forward writes into a layer's weight goes in one call."""
     model = with_two("resident")

@@ -482,8 +482,11 @@ def run_trainer(engine: str, folder: Path) -> None:
     if engine in FULL:
         # TrainingArguments refuses bf16 where there is no GPU, unless told to use the CPU, which DeepSpeed's are not.
         with mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
-            for dtype in ("float32", "bfloat16") if engine.startswith("ZeRO") else ("float32",):
-                by_trainer(values(f"full-{dtype}") | {"method": "full", "dtype": dtype, "model": str(folder / "tied")})
+            for dtype in ("float32", "bfloat16") if engine != "DDP" else ("float32",):
+                config = values(f"full-{dtype}") | {"method": "full", "dtype": dtype, "model": str(folder / "tied")}
+                if dtype == "bfloat16":  # what is saved has just been evaluated
+                    config["data"] = config["data"] | {"validation": config["data"]["train"]}
+                by_trainer(config)
 
 
 # Processes ------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_compare(config, capsys, tmp_path):
     assert [cell.strip() for cell in row.split("│")[5:7]] == ["4", "1"]
     assert not err
     out, err = run(capsys, "compare", a, results("c", {0}, n=6, dtype="bfloat16"))
-    assert "differ in dtype too: float32 and bfloat16" in err
+    assert "differ in dtype: float32 and bfloat16" in err
     assert "2 items that only one" in err
 
     _, err = run(capsys, "compare", "a", results("d", {0}, protocol="likelihood"), code=2)

@@ -100,7 +100,7 @@ def test_more_jobs_than_gpus_are_refused_before_any_work(tmp_path, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     output = tmp_path / "results"
     assert cli.run(["reproduce", "table5", "--scale", "paper", "--jobs", "3", "--output", str(output)]) == 2
-    assert "Expected --jobs of at most 2, the number of GPUs here. Got 3." in capsys.readouterr().err
+    assert "Expected --jobs of at most 2, the number of GPUs here. Got 3: give fewer" in capsys.readouterr().err
     assert not output.exists()
     Runner(Asked(tmp_path), output, jobs=2)
 

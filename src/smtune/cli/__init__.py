@@ -269,7 +269,8 @@ def compare(
         raise InputError(f"Expected two evaluations by one protocol. Got {protocols}: evaluate one of them anew.")
     Console().print(comparison_table(compare_items(a, b), str(first), str(second)))
     for name, (of_first, of_second) in sorted(differing.items()):
-        console.print(f"They differ in {name} too: {of_first} and {of_second}.", markup=False)
+        values = " and ".join("the default" if value is None else str(value) for value in (of_first, of_second))
+        console.print(f"They differ in {name}: {values}.", markup=False)
     left_out = len({item.key for item in a} ^ {item.key for item in b})
     if left_out:
         console.print(f"{left_out:,} items that only one of them holds are left out.")

@@ -103,7 +103,10 @@ class Runner:
 
         n_devices = torch.cuda.device_count() if torch.cuda.is_available() else self.jobs
         if self.jobs > n_devices:
-            raise InputError(f"Expected --jobs of at most {n_devices}, the number of GPUs here. Got {self.jobs}.")
+            raise InputError(
+                f"Expected --jobs of at most {n_devices}, the number of GPUs here. Got {self.jobs}: give fewer, or "
+                "hide the GPUs by CUDA_VISIBLE_DEVICES= to run on the CPU."
+            )
         self.store = Store(self.output / CELLS)
 
     def run(self, name: str) -> bool:

@@ -116,10 +116,12 @@ class RunFolder:
                 read_record(record)
 
     def _check_launch(self, processes: int, engine: str) -> None:
-        if self.is_finished or not list_checkpoints(self.checkpoints) or not self.environment.is_file():
+        whole = [path for path in list_checkpoints(self.checkpoints) if (path / COMPLETE).is_file()]
+        if self.is_finished or not whole or not self.environment.is_file():
             return
         started = read_record(self.environment)
-        last = [started, *started.get("resumed", [])][-1]  # from the first checkpoint on, all are alike
+        starts = [started, *started.get("resumed", [])]
+        last = [start for start in starts if start.get("step", 0) < step_of(whole[-1])][-1]  # which made the checkpoint
         before = last.get("processes", processes)
         if before != processes:
             raise InputError(

@@ -37,7 +37,7 @@ class RunResult:
         seconds: of training; scoring_seconds: of making the plan, a dense warm-up included; 0.0 where none was made.
         tokens: trained on, without padding; those of a dense warm-up not counted.
         peak_memory: bytes; of the device's memory on a GPU, else of the process. Of the last part of a resumed run.
-        eval_loss: of the rows held out, after the last step; None where none are.
+        eval_loss: of the rows held out, after the last step, the mean over batches by their rows; None where none are.
         dense_warmup_steps: steps of full fine-tuning that came before. If any, `trained` differs from the base in every
             weight, of which `trainable_parameters` were trained in `steps`.
     """

@@ -236,6 +236,12 @@ class RecipeTrainer(Trainer):
     lengths: list[int] | None = None
     """Tokens of each row, to group rows by; None: a random order."""
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        """Trainer's; in evaluation the mean of a process's own batch, not its share of all processes' sum."""
+        if not torch.is_grad_enabled():
+            num_items_in_batch = None
+        return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)

@@ -149,6 +149,12 @@ class _Positions:
                 self._on[device] = torch.tensor(self._host, dtype=torch.int64, device="cpu").to(device)
         return self._on[device]
 
+    def __deepcopy__(self, memo: dict) -> _Positions:
+        return self  # immutable
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_on": {}}
+
 
 class _ActiveSet:
     """The union of some adapters' blocks, and how deltas and originals fit into it.
@@ -308,15 +314,16 @@ class SMTLinear(nn.Module, SMTLayer):
         if adapters is None or self._union is None or device is None or device.type == "meta":
             return
         learners = self._learners(adapters)
-        index = adapters.index if learners is None else learners.index
+        learning = learners or adapters
+        index = learning.index
         if learners is not None and self._shared is not None:
             index = learners.keeping(self._shared.columns())
-        for positions in (adapters.positions(self._union), *adapters.slots, *(learners or adapters).slots):
+        sets = [each for each in (adapters, learning, self._others(adapters, learning)) if each is not None]
+        for positions in (adapters.positions(self._union), *(slots for each in sets for slots in each.slots)):
             if positions is not None:
                 positions.on(device)
-        self._union.on(device)
-        adapters.index.on(device)
-        index.on(device)
+        for each in (self._union, index, *(each.index for each in sets)):
+            each.on(device)
         index.columns.on(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -465,16 +472,14 @@ class SMTLinear(nn.Module, SMTLayer):
         total = adapters.total(self._deltas(adapters))
         learners = self._learners(adapters)
         learning, trained = adapters, total
-        if learners is not None and learners is not adapters:
+        if learners is not None and learners is not adapters and torch.is_grad_enabled():
             learning, trained = learners, learners.total(self._deltas(learners))
         index, take = self._saving(learning, x)
         if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
             y = base(x, *args, **kwargs)
-            frozen = [name for name in adapters.names if name not in learning.names]
-            if frozen:
-                others = self._adapters(frozen)
-                assert others is not None
+            others = self._others(adapters, learning)
+            if others is not None:
                 y = additive_block_linear(y, x, others.total(self._deltas(others)), others.index)
             return self._hooked(additive_block_linear(y, x, trained, index, take), None)
         self._stand(adapters, total)
@@ -530,6 +535,10 @@ class SMTLinear(nn.Module, SMTLayer):
     def _learners(self, adapters: _ActiveSet) -> _ActiveSet | None:
         """Those of the adapters that are not frozen; None if all are."""
         return self._adapters([name for name in adapters.names if self._blocks(name).weight.requires_grad])
+
+    def _others(self, adapters: _ActiveSet, learning: _ActiveSet) -> _ActiveSet | None:
+        """Those of the adapters that are not among the learning ones; None if all are."""
+        return self._adapters([name for name in adapters.names if name not in learning.names])
 
     def share_input(self, shared: SharedInput | None) -> None:
         """Save the input's columns together with the layers of `shared`, of which this is one; None: alone."""
