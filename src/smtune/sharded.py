@@ -55,7 +55,8 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     keeps = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     state = {}
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if hasattr(module, "reshard"):  # FSDP2 leaves its last layers whole after an evaluation, in the products' dtype
             module.reshard()
     for name, parameter in model.named_parameters():
