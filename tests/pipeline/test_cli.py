@@ -100,6 +100,9 @@ def test_compare(config, capsys, tmp_path):
     results("a/evaluation/generate-bfloat16", {0})
     _, err = run(capsys, "compare", "a", "b", code=2)
     assert "Name one of a/evaluation/generate-bfloat16, a/evaluation/generate-float32" in err
+    results("f/evaluation/generate-bfloat16", {0, 1})
+    out, _ = run(capsys, "compare", "a", "f")  # by the one that both have
+    assert "-0.125" in next(line for line in out.splitlines() if "AddSub" in line)
     _, err = run(capsys, "compare", "nowhere", "b", code=2)
     assert "smtune evaluate" in err
     _, err = run(capsys, "compare", results("e", {0}, key="other"), b, code=2)

@@ -261,7 +261,7 @@ def compare(
     from smtune.evaluation import compare as compare_items
     from smtune.evaluation import comparison_table, load_run
 
-    (run_a, a), (run_b, b) = (load_run(_results_folder(path)) for path in (first, second))
+    (run_a, a), (run_b, b) = map(load_run, _results_folders(first, second))
     differing = {name: (run_a.get(name), run_b.get(name)) for name in {*run_a, *run_b} - {"model"}}
     differing = {name: values for name, values in differing.items() if values[0] != values[1]}
     if "protocol" in differing:
@@ -276,18 +276,28 @@ def compare(
         console.print(f"{left_out:,} items that only one of them holds are left out.")
 
 
-def _results_folder(path: Path) -> Path:
-    """The folder of an evaluation: itself, or the only one below a run."""
+def _results_folders(*paths: Path) -> list[Path]:
+    """The folder of an evaluation of each: itself, the only one below a run, or the only one that all have."""
     from smtune.evaluation.results import ITEMS_FILE
 
-    if (path / ITEMS_FILE).is_file():
-        return path
-    found = sorted(items.parent for items in path.glob(f"evaluation/*/{ITEMS_FILE}"))
-    if not found:
-        raise InputError(f"Expected an evaluated run at {path}. It has no results: run `smtune evaluate` on it first.")
-    if len(found) > 1:
-        raise InputError(f"Expected one evaluation below {path}. Name one of {', '.join(map(str, found))}.")
-    return found[0]
+    found = []
+    for path in paths:
+        is_one = (path / ITEMS_FILE).is_file()
+        folders = [path] if is_one else sorted(items.parent for items in path.glob(f"evaluation/*/{ITEMS_FILE}"))
+        if not folders:
+            raise InputError(
+                f"Expected an evaluated run at {path}. It has no results: run `smtune evaluate` on it first."
+            )
+        found.append({folder.name: folder for folder in folders})
+    shared = set.intersection(*map(set, found))
+    chosen = []
+    for path, folders in zip(paths, found):
+        names = shared if len(folders) > 1 else folders.keys()
+        if len(names) != 1:
+            named = ", ".join(map(str, folders.values()))
+            raise InputError(f"Expected one evaluation below {path} to compare. Name one of {named}.")
+        chosen.extend(folders[name] for name in names)
+    return chosen
 
 
 @app.command()
