@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from smtune.cli import demo
 from smtune.data import read_rows
+from smtune.training import load_config
 
 
 @pytest.fixture
@@ -31,6 +34,10 @@ def test_demo(small_demo, tmp_path):
         assert (tmp_path / f"demo/figures/{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo/smt/adapter/adapter_model.safetensors").is_file()
     assert "smtune merge" in shown
+    again = shlex.split(next(line for line in shown.splitlines() if "lora-again" in line), comments=True)
+    assert again[:2] == ["smtune", "train"]
+    repeated = load_config(Path(again[2]), again[3:])
+    assert repeated.lora == load_config(tmp_path / "demo/lora/config.yaml").lora.model_copy(update={"alpha": None})
 
     rows = [read_rows(tmp_path / f"demo/{name}.jsonl") for name in ("train", "shuffled-answers")]
     assert [row["instruction"] for row in rows[0]] == [row["instruction"] for row in rows[1]]

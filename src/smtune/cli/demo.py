@@ -223,6 +223,7 @@ def _say_next(console: Console, output: Path, figures: dict[str, Path], result: 
         f"'lora={{rank: {LORA_RANK}, target_modules: [q_proj, k_proj, v_proj]}}'     # as many parameters\n"
         f"  smtune demo --compare --control --output {output}\n",
         highlight=False,
+        markup=False,  # the lists in brackets
         soft_wrap=True,
     )
 
