@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 
 import peft
 import pytest
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import smtune
+from needs import lacks
 from smtune import InputError, SMTConfig
 from smtune.blocks import tile
 from smtune.scoring import Scores
@@ -24,10 +24,8 @@ from smtune.tuner import SMTLinear
 from smtune.tuner.quantised import check_backward, dense_weight, is_quantised
 from smtune.tuner.targets import count_parameters
 
-if os.environ.get("SMTUNE_REQUIRE_BITSANDBYTES") != "1":
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quant]'")
-if os.environ.get("SMTUNE_REQUIRE_TORCHAO") != "1":
-    pytest.importorskip("torchao", reason="needs torchao: pip install -e '.[quant]'")
+if lacks("bitsandbytes") or lacks("torchao"):
+    pytest.skip("needs bitsandbytes and torchao: pip install -e '.[quant]'", allow_module_level=True)
 
 from torchao import quantization as torchao
 

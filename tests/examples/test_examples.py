@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 import smtune
+from needs import needs
 from smtune.blocks import gather
 from smtune.data import Collator, prepare
 from smtune.errors import InputError
@@ -38,16 +39,8 @@ pytestmark = [
 ]
 
 
-def needs(package):
-    """Skips where the package is missing; with SMTUNE_REQUIRE_<PACKAGE>=1 the test runs, and fails."""
-    missing = importlib.util.find_spec(package) is None
-    required = os.environ.get(f"SMTUNE_REQUIRE_{package.upper()}") == "1"
-    return pytest.mark.skipif(missing and not required, reason=f"needs {package}: pip install {package}")
-
-
-needs_trl = needs("trl")
-needs_lightning = needs("lightning")
-needs_bitsandbytes = needs("bitsandbytes")
+needs_trl, needs_lightning = (needs(package, f"pip install {package}") for package in ("trl", "lightning"))
+needs_bitsandbytes = needs("bitsandbytes", "pip install -e '.[quant]'")
 
 
 def load_example(name):

@@ -5,7 +5,6 @@ Runs in an environment of Axolotl's pins: `make test-axolotl`.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import yaml
 from torch import nn
 
 import smtune
+from needs import needs
 from smtune.data import Collator, batches
 from smtune.errors import InputError
 from smtune.models import load_model
@@ -25,10 +25,8 @@ from tiny_base import write_tiny_base
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 
-missing = importlib.util.find_spec("axolotl") is None
-required = os.environ.get("SMTUNE_REQUIRE_AXOLOTL") == "1"
 pytestmark = [
-    pytest.mark.skipif(missing and not required, reason="needs axolotl and its pins: make test-axolotl"),
+    needs("axolotl", "with its pins by make test-axolotl"),
     pytest.mark.filterwarnings("default"),  # axolotl's and its pins' are not ours to answer for
 ]
 

@@ -7,22 +7,17 @@ SMTUNE_REQUIRE_LM_EVAL=1.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
 
 import pytest
 import torch
 import yaml
 
+from needs import needs
 from smtune.evaluation import TASKS, Item, evaluate, harness, load_items, load_run
 from tiny_base import byte_llama, byte_tokenizer
 
-missing = importlib.util.find_spec("lm_eval") is None
-pytestmark = pytest.mark.skipif(
-    missing and os.environ.get("SMTUNE_REQUIRE_LM_EVAL") != "1",
-    reason="needs EleutherAI's harness: pip install -e '.[lm-eval]'",
-)
+pytestmark = needs("lm_eval", "pip install -e '.[lm-eval]'")
 
 WORDS = "iron rust magnet ice seed root moon tide coal lamp glass sand frog egg wire heat".split()
 SENTENCES = ["use a {} and a {}.", "Put the {}, slowly, under the {}", "a {} — never a {}!", "the {} with 3 {}s"]

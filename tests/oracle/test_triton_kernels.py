@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-if os.environ.get("SMTUNE_REQUIRE_TRITON") != "1":
-    pytest.importorskip("triton", reason="needs triton, which is for Linux: pip install -e '.[test]'")
+from needs import lacks
+
+if lacks("triton"):
+    pytest.skip("needs triton, which is for Linux: pip install -e '.[test]'", allow_module_level=True)
 
 import triton
 from triton.backends.compiler import GPUTarget

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 
 import peft
 import pytest
 import torch
 
 import smtune
+from needs import needs
 from smtune import cli
 from smtune.evaluation import harness, load_run
 from smtune.models import load_model
 
-missing = importlib.util.find_spec("lm_eval") is None
-needs_lm_eval = pytest.mark.skipif(
-    missing and os.environ.get("SMTUNE_REQUIRE_LM_EVAL") != "1",
-    reason="needs EleutherAI's harness: pip install -e '.[lm-eval]'",
-)
+needs_lm_eval = needs("lm_eval", "pip install -e '.[lm-eval]'")
 
 
 def results(folder):

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
-import pytest
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 import smtune
+from needs import needs
 from smtune.cli import run
 from smtune.models import load_merged, load_model
 
-missing = importlib.util.find_spec("bitsandbytes") is None
-pytestmark = pytest.mark.skipif(
-    missing and os.environ.get("SMTUNE_REQUIRE_BITSANDBYTES") != "1",
-    reason="needs bitsandbytes: pip install -e '.[quant]'",
-)
+pytestmark = needs("bitsandbytes", "pip install -e '.[quant]'")
 
 IDS = torch.arange(32).view(2, 16)
 
