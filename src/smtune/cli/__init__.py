@@ -216,9 +216,8 @@ def _evaluate(
     """Evaluate, print, keep every item's output."""
     from rich.progress import Progress
 
+    from smtune.evaluation import check_folder, summary_table
     from smtune.evaluation import evaluate as evaluate_items
-    from smtune.evaluation import summary_table
-    from smtune.evaluation.run import check_folder
     from smtune.models import fingerprint, load_merged, load_tokenizer
 
     if output is None:

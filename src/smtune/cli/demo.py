@@ -34,6 +34,7 @@ TEST_ITEMS = 200
 BUDGET = 0.0084  # the paper's 0.84 %
 BLOCK_SIZE = 64
 LORA_RANK = 14  # 14 · 30 · (2·576 + 2·(576 + 192)) = 1.13 M parameters of q, k and v, as many as the budget buys
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _config(arm: Arm, folder: Path, output: Path) -> TrainConfig:
             "method": arm.method,
             "data": {"train": str(data), "max_length": 256},
             "smt": {"block_size": BLOCK_SIZE, "budget": BUDGET, "warmup_steps": 10},
-            "lora": {"rank": LORA_RANK, "target_modules": ["q_proj", "k_proj", "v_proj"]},
+            "lora": {"rank": LORA_RANK, "target_modules": LORA_TARGETS},
             "training": {
                 "learning_rate": arm.learning_rate,
                 "max_steps": STEPS,
@@ -220,7 +221,7 @@ def _say_next(console: Console, output: Path, figures: dict[str, Path], result: 
         f"  smtune inspect {run}\n"
         f"  smtune merge {run} {output}/merged          # a plain checkpoint, loads without smtune\n"
         f"  smtune train {run}/config.yaml method=lora output={output}/lora-again "
-        f"'lora={{rank: {LORA_RANK}, target_modules: [q_proj, k_proj, v_proj]}}'     # as many parameters\n"
+        f"'lora={{rank: {LORA_RANK}, target_modules: [{', '.join(LORA_TARGETS)}]}}'     # as many parameters\n"
         f"  smtune demo --compare --control --output {output}\n",
         highlight=False,
         markup=False,  # the lists in brackets

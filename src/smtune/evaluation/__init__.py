@@ -19,7 +19,7 @@ from smtune.evaluation.results import (
     summarise,
     summary_table,
 )
-from smtune.evaluation.run import Evaluation, Protocol, check, evaluate
+from smtune.evaluation.run import Evaluation, Protocol, check, check_folder, evaluate
 from smtune.evaluation.statistics import (
     Estimate,
     PairedDifference,
@@ -50,6 +50,7 @@ __all__ = [
     "accuracy_over_seeds",
     "answer_loss",
     "check",
+    "check_folder",
     "choices",
     "compare",
     "comparison_table",

@@ -36,6 +36,7 @@ from smtune.models import (
 from smtune.scoring import Scores, device_here
 from smtune.training.config import LEARNING_RATES, TrainConfig
 from smtune.training.warmup import dense_warmup
+from smtune.tuner.model import is_shared
 from smtune.tuner.targets import count_parameters, find_targets
 
 
@@ -103,12 +104,11 @@ def foresee(config: TrainConfig, kept: Path | None = None) -> Foreseen:
 
 def _check_mergeable(model: nn.Module, modules: Sequence[str]) -> None:
     """Raises InputError if another module shares the weight of one of `modules`: a dense warm-up ends in a merge."""
-    uses = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-    shared = [name for name in modules if uses.count(id(model.get_submodule(name).weight)) > 1]
-    if shared:
+    shared = next((name for name in modules if is_shared(model, model.get_submodule(name))), None)
+    if shared is not None:
         raise InputError(
             "smt.dense_warmup_steps: expected targets with weights of their own, since blocks are merged into them at "
-            f"the end. Got {shared[0]}, whose weight another module shares: leave it out of smt.target_modules, or "
+            f"the end. Got {shared}, whose weight another module shares: leave it out of smt.target_modules, or "
             "leave the dense warm-up out."
         )
 

@@ -470,11 +470,11 @@ class SMTLinear(nn.Module, SMTLayer):
             self.restore()
             return self._hooked(base(x, *args, **kwargs), None)
         total = adapters.total(self._deltas(adapters))
-        learners = self._learners(adapters)
-        learning, trained = adapters, total
-        if learners is not None and learners is not adapters and torch.is_grad_enabled():
-            learning, trained = learners, learners.total(self._deltas(learners))
-        index, take = self._saving(learning, x)
+        learners = self._learners(adapters) if torch.is_grad_enabled() else None
+        learning, trained = learners or adapters, total
+        if learning is not adapters:
+            trained = learning.total(self._deltas(learning))
+        index, take = self._saving(learners, x) if learners is not None else (adapters.index, None)
         if not (self.resident and _is_here(base.weight) and _is_plain(base)):
             self.restore()
             y = base(x, *args, **kwargs)
@@ -519,12 +519,12 @@ class SMTLinear(nn.Module, SMTLayer):
                 mixed[rows] = additive_block_linear(y[rows], x[rows], blocks(), blocks.places)
         return mixed
 
-    def _saving(self, adapters: _ActiveSet, x: Tensor) -> tuple[BlockIndex, TakeColumns | None]:
-        """The adapters' blocks with the columns of x that are saved for them, and how those are come by."""
+    def _saving(self, learners: _ActiveSet, x: Tensor) -> tuple[BlockIndex, TakeColumns | None]:
+        """The learning adapters' blocks with the columns of x that are saved for them, and how those are come by."""
         shared = self._shared
-        if shared is None or not torch.is_grad_enabled() or self.learning() is None:
-            return adapters.index, None
-        return adapters.keeping(shared.columns()), partial(shared.take, self, x)
+        if shared is None:
+            return learners.index, None
+        return learners.keeping(shared.columns()), partial(shared.take, self, x)
 
     def learning(self) -> BlockIndex | None:
         """The blocks that the next forward takes gradients for; None if there are none."""

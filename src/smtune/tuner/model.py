@@ -154,21 +154,13 @@ class SMTModel(BaseTuner):
 
     def wrapped(self, config: Any, target: nn.Module, name: str) -> SMTLinear:
         """`target` as the base of a layer without adapters, not yet in its place."""
-        layer = SMTLinear(target, config.mode, name, self._is_shared(target))
+        layer = SMTLinear(target, config.mode, name, is_shared(self.model, target))
         if quantization_utils is not None and not layer.is_dense:
             options = quantization_utils.get_quantization_kwargs(self.model)
             # peft refuses weights that torchao has quantised without transformers: these train, but do not merge.
             with suppress(ValueError):
                 layer.quantization_backend = quantization_utils.resolve_quantization_backend(target, **options)
         return layer
-
-    def _is_shared(self, target: Any) -> bool:
-        """Whether the layer or its weight has another place in the model, such as tied embeddings."""
-        weight = getattr(target, "weight", None)
-        if weight is None:
-            return False
-        modules = [module for _, module in self.model.named_modules(remove_duplicate=False)]
-        return sum(_is_same(weight, own) for module in modules for own in module._parameters.values()) > 1
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)
@@ -264,6 +256,15 @@ def _derived(model: nn.Module) -> list[str]:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SMTLinear)]
     originals = [f"{name}.smt_originals" for name, _ in layers]
     return originals + [f"{name}.smt_blocks.{adapter}.index" for name, layer in layers for adapter in layer.smt_blocks]
+
+
+def is_shared(model: nn.Module, layer: Any) -> bool:
+    """Whether the layer or its weight has another place in the model, such as tied embeddings."""
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return False
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    return sum(_is_same(weight, own) for module in modules for own in module._parameters.values()) > 1
 
 
 def _is_same(weight: Tensor, other: Tensor | None) -> bool:
