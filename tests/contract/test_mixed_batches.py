@@ -198,3 +198,26 @@ def test_a_compiled_model_mixes_what_it_is_asked_to(mode, whole):
     for names in (NAMES, None, NAMES[::-1], NAMES):
         kwargs = {} if names is None else {"adapter_names": names}
         torch.testing.assert_close(forward(run, IDS, **kwargs), forward(model, IDS, **kwargs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
+def test_a_compiled_mixed_batch_before_a_backward_does_no_harm():
+    """It takes the blocks out of the weights, and a compiled call keeps no record of that."""
+
+    def gradients(interrupt):
+        model = with_two("resident")
+        model.set_adapter("default")
+        loss = model(input_ids=IDS, labels=IDS).loss
+        interrupt(model)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def mixed(model):
+        torch._dynamo.reset()
+        model.eval()
+        forward(torch.compile(model, backend="eager"), IDS, adapter_names=NAMES)
+
+    expected = gradients(lambda model: None)
+    assert expected
+    assert same(gradients(mixed), expected)
