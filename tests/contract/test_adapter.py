@@ -397,36 +397,6 @@ def test_a_backward_sees_its_own_forward():
         assert same(gradients(interrupt), expected)
 
 
-def test_blocks_that_still_stand_are_not_written_again_for_the_backward(monkeypatch):
-    """The forward has written them. An evaluation, or another adapter, may have written since."""
-    written = []
-
-    def write(weight, index, values):
-        written.append(weight.data_ptr())
-        return scatter_(weight, index, values)
-
-    monkeypatch.setattr("smtune.tuner.layer.scatter_", write)
-    model = make_trained()
-
-    def writes(action):
-        written.clear()
-        action()
-        return len(written)
-
-    def backward(interrupt=lambda: None):
-        loss = model(**BATCH).loss
-        interrupt()
-        return writes(loss.backward)
-
-    n_layers = writes(lambda: model(**BATCH))
-    assert n_layers == len(set(written)) == sum(isinstance(module, SMTLinear) for module in model.modules())
-    assert backward() == 0
-    assert backward(lambda: logits(model)) == n_layers
-    assert backward(lambda: model.state_dict()) == n_layers
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    assert backward() == n_layers  # the weight may have been gathered anew
-
-
 def test_a_backward_sees_its_own_forward_through_a_hooked_base():
     """Such a layer acts beside its weight; blocks that a later forward writes into it do no harm."""
     model = make_trained()

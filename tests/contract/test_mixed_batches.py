@@ -203,7 +203,7 @@ def test_a_compiled_model_mixes_what_it_is_asked_to(mode, whole):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 @pytest.mark.filterwarnings("ignore:.*dynamo_pgo.*:UserWarning")
 def test_a_compiled_mixed_batch_before_a_backward_does_no_harm():
-    """It takes the blocks out of the weights, and a compiled call keeps no record of that."""
+    """It takes the blocks out of the weights; the backward writes them again."""
 
     def gradients(interrupt):
         model = with_two("resident")

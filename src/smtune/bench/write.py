@@ -1,8 +1,6 @@
-"""When resident blocks are written into the weight: at each use, or after each optimizer step.
+"""When resident blocks are written into the weight: at each use, as the tuner does it, or after each optimizer step.
 
-At each use is before the forward and before the backward, the most that the tuner does: on one device it leaves out the
-second where nothing was written in between (docs/adr/0022). The two are built here from the core alone and differ in
-nothing else, so that what is measured is the write.
+The two are built here from the core alone and differ in nothing else, so that what is measured is the write.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ adapters' blocks stand in W itself: before every use W is written as
     W[blocks] = round(original + Σ active deltas),    summed in fp32 in order of activation,
 
 so no forward sees stale blocks however the deltas changed (an optimizer step, `load_state_dict`, a `.data.copy_`), and
-again before the backward if something else may stand there by then, such as another adapter's blocks. The write goes
-through `.data`, which autograd's version counter does not see: recomputation under checkpointing rests on that.
-`originals` is one copy of the base's blocks over the union of all adapters; everything that must give the base back
-(disabling, switching, unmerging, `state_dict`) copies it into W, nothing is ever subtracted. Between uses W holds what
-the last one wrote, or the base.
+again before the backward, so that a forward with other adapters in between does no harm. The write goes through
+`.data`, which autograd's version counter does not see: recomputation under checkpointing rests on that. `originals`
+is one copy of the base's blocks over the union of all adapters; everything that must give the base back (disabling,
+switching, unmerging, `state_dict`) copies it into W, nothing is ever subtracted. Between uses W holds what the last
+one wrote, or the base.
 
 In *additive* mode W is left alone and the blocks' product is added to the layer's output.
 
@@ -27,7 +27,6 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -247,7 +246,6 @@ class SMTLinear(nn.Module, SMTLayer):
         self._union: BlockIndex | None = None
         self._active_sets: dict[tuple[str, ...], _ActiveSet] = {}
         self._shared: SharedInput | None = None
-        self._last_write: object = None  # a new object for each write into W; None: not known
         self.mixed_rows = MixedRows()
         self._is_unloaded = False
         # A quantised layer put aside while its merged copy serves; in a list so that it is no submodule.
@@ -403,8 +401,8 @@ class SMTLinear(nn.Module, SMTLayer):
     def _stand(self, adapters: _ActiveSet, total: Tensor) -> None:
         """Write original + total over the adapters' blocks of W, and the originals over those of other adapters.
 
-        All goes in one write: forwards of the same adapters in other threads write the same, so none sees the base in
-        between.
+        Nothing is remembered of what stands in W, so a compiled forward has no state to guard or to change. All goes in
+        one write: forwards of the same adapters in other threads write the same, so none sees the base in between.
         """
         values = self._values(adapters, total)
         assert self._union is not None
@@ -415,13 +413,7 @@ class SMTLinear(nn.Module, SMTLayer):
             places, own = self._union, values
             values = self.smt_originals.to(own.dtype, copy=True)
             values[positions.on(own.device)] = own
-        self._write(places, values)
-
-    def _write(self, places: BlockIndex, values: Tensor) -> None:
-        """Write values over blocks of W. What stands there is not remembered, only that something was written."""
         scatter_(self._weight_OI(), places, values)
-        if not torch.compiler.is_compiling():  # a compiled forward has no state to guard or to change
-            self._last_write = object()
 
     def _values(self, adapters: _ActiveSet, total: Tensor) -> Tensor:
         """round(original + total) at the adapters' blocks, (U, l, l) in the weight's dtype."""
@@ -451,7 +443,7 @@ class SMTLinear(nn.Module, SMTLayer):
             return  # a sharded weight is gathered anew for its next use
         assert self._union is not None
         assert self.smt_originals is not None
-        self._write(self._union, self.smt_originals)
+        scatter_(self._weight_OI(), self._union, self.smt_originals)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The base weight may be about to change: what stands in it goes first; the originals are taken anew after.
@@ -518,7 +510,6 @@ class SMTLinear(nn.Module, SMTLayer):
                 f"{self._name or 'the layer'} is given."
             )
         self.restore()
-        self._last_write = None  # if this is compiled, `restore` has kept no record
         y = self._hooked(self.base_layer(x, *args, **kwargs), None)
         mixed = y.clone()
         for name in dict.fromkeys(adapter_names):
@@ -559,16 +550,10 @@ class SMTLinear(nn.Module, SMTLayer):
         return self._places()[0].grid.block_size
 
     def _hooked(self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None) -> Tensor:
-        """This layer's backward reads W: just before it, let the blocks of its forward's adapters stand there.
-
-        They still do where this layer has written nothing since. Of several processes each may have let go of the
-        weight and gathered it anew (FSDP2, ZeRO-3), and compiled code keeps no record, so those write again.
-        """
+        """This layer's backward reads W: just before it, let the blocks of its forward's adapters stand there."""
         if not (y.requires_grad and self.resident):
             return y
         merged = [*self.merged_adapters]
-        keeps_weight = not (torch.compiler.is_compiling() or (dist.is_available() and dist.is_initialized()))
-        written = self._last_write if keeps_weight else None
         known = None if torch.compiler.is_compiling() else total
         version = None if known is None else known._version
 
@@ -580,8 +565,6 @@ class SMTLinear(nn.Module, SMTLayer):
                     "optimizer's step, a merge, an unmerge or an unload: run the backward first, or the forward again."
                 )
             if self.merged or self._is_unloaded:
-                return
-            if not torch.compiler.is_compiling() and written is not None and written is self._last_write:
                 return
             if adapters is None or total is None:
                 self.restore()
@@ -612,7 +595,7 @@ class SMTLinear(nn.Module, SMTLayer):
         if adapters is not None and not set(names).isdisjoint(adapters.names):
             total = adapters.total(self._deltas(adapters))
             if self.is_dense:
-                self._write(adapters.index, self._values(adapters, total))
+                scatter_(self._weight_OI(), adapters.index, self._values(adapters, total))
             else:
                 self._merge_quantised(adapters, total)
         self.merged_adapters.extend(names)

@@ -154,7 +154,7 @@ def writing_section(results: Record) -> str:
         faster += ", timed apart" * timed_apart(at_use, after)
         rows.append([suite, _ratios(at_use), _ratios(after), shown, faster])
     text = """Resident blocks have to be written into W. At use is right under every wrapper, and writes in the forward
-    and in the backward, where SMT leaves out the second if nothing was written since; after the step writes once."""
+    and in the backward; after the step writes once."""
     heads = ("suite", "at use: step / floor", "after the step", "difference (95 %)", "which is faster")
     return section("## Writing the blocks: at use or after the step", prose(text), table(heads, rows)) if rows else ""
 

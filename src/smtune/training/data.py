@@ -1,0 +1,120 @@
+"""What a run trains on: its rows as tokens, those that are held out, and the record by which a resumed run knows them.
+
+Imports `smtune.data`, `smtune.models` and the configuration and folder of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from smtune.data import Collator, encode, read_records, to_example
+from smtune.errors import InputError
+from smtune.models import load_tokenizer
+from smtune.training.config import TrainConfig
+from smtune.training.folder import RunFolder, read_record
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run.
+
+    Attributes:
+        tokenizer: the model's.
+        rows: to train on, encoded.
+        held_out: rows whose loss is told, encoded; None if none are.
+        record: of all rows, for `data.json`.
+        summary: the same in words.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    held_out: Dataset | None
+    record: dict[str, Any]
+    summary: str
+
+    @property
+    def collator(self) -> Collator:
+        """Makes batches of rows."""
+        assert isinstance(self.tokenizer.pad_token_id, int)  # `load_tokenizer` sees to it
+        return Collator(self.tokenizer.pad_token_id)
+
+
+def load_data(config: TrainConfig) -> TrainingData:
+    """Read and encode the rows.
+
+    Raises:
+        InputError: a source that cannot be read, rows without text, or too few of them to hold some out.
+    """
+    data, seed = config.data, config.training.seed
+    # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
+    records = read_records(data.train, format=data.format, limit=data.limit, seed=seed)
+    held_out_records = None
+    if isinstance(data.validation, (str, list)):
+        held_out_records = read_records(data.validation, format=data.format)
+    tokenizer = load_tokenizer(config.model)
+
+    encoded = partial(
+        encode, tokenizer=tokenizer, max_length=data.max_length, train_on=data.train_on, on_long=data.on_long
+    )
+    rows, report = encoded([to_example(record, tokenizer) for record in records])
+    held_out, summary = None, str(report)
+    record = {"sources": _digests(data.train), **dataclasses.asdict(report)}
+    if held_out_records is not None:
+        held_out, held_out_report = encoded([to_example(record, tokenizer) for record in held_out_records])
+        summary += f". Held out: {held_out_report}"
+        record["validation"] = {"sources": _digests(data.validation), "rows_sha256": _rows_sha256(held_out)}
+    elif isinstance(data.validation, int):
+        if data.validation >= len(rows):
+            raise InputError(
+                f"data.validation: expected fewer rows than there are to train on. Got {data.validation} of "
+                f"{len(rows)}: keep fewer, or name a file of others."
+            )
+        chosen = set(random.Random(seed).sample(range(len(rows)), data.validation))
+        held_out = rows.select(sorted(chosen))
+        rows = rows.select([k for k in range(len(rows)) if k not in chosen])
+        summary += f". Held out: {data.validation:,} of them"
+    return TrainingData(tokenizer, rows, held_out, record | {"rows_sha256": _rows_sha256(rows)}, summary)
+
+
+def check_same_data(folder: RunFolder, data: TrainingData) -> None:
+    """Raises InputError if the folder holds the work of a run on other rows: names the files that changed."""
+    if not (folder.holds_work and folder.data.is_file()):
+        return
+    before, now = read_record(folder.data, "rows_sha256", "sources"), data.record
+    pairs = [(before, now)]
+    if "validation" in before and "validation" in now:
+        pairs.append((before["validation"], now["validation"]))
+    for before, now in pairs:
+        if before["rows_sha256"] != now["rows_sha256"]:
+            changed = [source for source, digest in now["sources"].items() if before["sources"].get(source) != digest]
+            raise InputError(
+                f"Expected the data that {folder.path} was started with. Got other rows from "
+                f"{', '.join(changed or now['sources'])}: restore them, or choose another output."
+            )
+
+
+def _digests(sources: Any) -> dict[str, str | None]:
+    return {source: _file_sha256(Path(source)) for source in ([sources] if isinstance(sources, str) else sources)}
+
+
+def _rows_sha256(dataset: Dataset) -> str:
+    rows = hashlib.sha256()
+    for ids, labels in zip(dataset["input_ids"], dataset["labels"]):
+        rows.update(json.dumps([ids, labels]).encode())
+    return rows.hexdigest()
+
+
+def _file_sha256(path: Path) -> str | None:
+    """None for what is no file: packaged data, or the hub's."""
+    path = path.expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
