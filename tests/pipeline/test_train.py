@@ -405,7 +405,7 @@ def test_deepspeed_without_a_launcher_is_told_first(configure, quiet, monkeypatc
     config = configure("training.deepspeed={}", method="lora")
     assert dry_run(config, processes=1).steps == STEPS
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_load_data", lambda config: pytest.fail("went on"))
+        patch.setattr(run, "load_data", lambda config: pytest.fail("went on"))
         patch.setattr(run, "training_arguments", lambda *args: pytest.fail("went on"))
         for start in (dry_run, partial(train, console=quiet)):
             with pytest.raises(InputError, match=r"training\.deepspeed: expected a launcher.*Got none.*--nproc 1"):
@@ -598,7 +598,7 @@ def test_a_file_of_rows_that_is_missing_is_told_before_the_model_is_asked_for(co
 
 
 def test_an_output_that_cannot_be_written_is_told_first(configure, quiet, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_tokenizer", lambda *args: pytest.fail("went on"))
+    monkeypatch.setattr(run, "load_data", lambda *args: pytest.fail("went on"))
     (tmp_path / "file").touch()
     in_the_way = configure(f"output={tmp_path}/file/run")
     with pytest.raises(InputError, match=r"output: Expected a folder for .*/file is a file"):

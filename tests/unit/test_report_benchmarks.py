@@ -58,8 +58,11 @@ ARMS = {  # label, trained parameters, forward, backward and optimizer beyond th
     "dora-autocast": ("DoRA q,k,v r=71, autocast", 3_514_368, (0.09, 0.14, 0.002)),
     "lora-all": ("LoRA all linear r=22", 3_538_944, (0.03, 0.06, 0.002)),
     "dora": ("DoRA q,k,v r=71", 3_514_368, (0.1, 0.16, 0.002)),
+    "dora-4.91": ("DoRA q,k,v r=420", 20_668_416, (0.14, 0.2, 0.012)),
     "shira": ("SHiRA", 3_538_944, (0.06, 0.2, 0.002)),
+    "shira-4.91": ("SHiRA 4.91 %", 20_692_992, (0.08, 0.22, 0.012)),
     "supertuning": ("Super-tuning", 3_538_944, (0.06, 0.21, 0.002)),
+    "supertuning-4.91": ("Super-tuning 4.91 %", 316 * BLOCK, (0.08, 0.23, 0.012)),
     "dense-v": ("dense v_proj", 2 * 4096**2, (0, 0.04, 0.01)),
     "sift": ("SIFT", 3_538_944, (0.002, 0.13, 0.03)),
     "appendix-a": ("paper's Appendix A listing", 54 * BLOCK, (0.01, 0.1, 0.002)),
@@ -450,7 +453,7 @@ def test_errors_are_shown_and_wide_spreads_are_marked(results):
     text = page(results, {})
     first, _, third = (t for t in tables(text, "arm") if "pairs" in t[0])
     assert {row["arm"] for row in first if "**wide**" in row["step / floor"]} == {arm["label"]}
-    assert "spread **wide** in 1 of 18 arms" in text
+    assert "spread **wide** in 1 of 21 arms" in text
     (failed,) = [row for row in third if row["arm"] == "Super-tuning"]
     assert (
         failed["step / floor"] == "no result: InputError: Expected a peft with Super-tuning, 0.21 or newer. Got 0.20.0."
@@ -604,7 +607,7 @@ def test_a_rival_that_was_not_measured_leaves_it_in_part(results):
 
 
 def test_a_rival_of_another_dtype_is_none(results):
-    of_dtype = {row.where: "autocast" in row.what for row in targets(results) if ": step below" in row.what}
+    of_dtype = {row.where: "autocast" in row.what for row in targets(results) if "%: step below LoRA" in row.what}
     assert of_dtype == {
         "layers7b-float32-1024": False,
         "layers7b-bfloat16-1024": True,

@@ -213,23 +213,34 @@ def _autocast(builder: Builder) -> Builder:
     return in_bf16
 
 
-def _shira(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
-    rank = _rank(model, setting, list(QKV))
-    # PEFT draws the places in each layer from this seed, so matrices of one shape have the same.
-    config = peft.ShiraConfig(r=rank, target_modules=list(QKV), random_seed=torch.initial_seed())
-    return wrapped(model, config, "SHiRA")
+def _shira(percent: float = EQUAL) -> Builder:
+    def builder(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
+        rank = _rank(model, setting, list(QKV), percent)
+        # PEFT draws the places in each layer from this seed, so matrices of one shape have the same.
+        config = peft.ShiraConfig(r=rank, target_modules=list(QKV), random_seed=torch.initial_seed())
+        return wrapped(model, config, _rival_label("SHiRA", model, setting, percent))
+
+    return builder
 
 
-def _share(model: nn.Module, setting: Setting) -> float:
+def _share(model: nn.Module, setting: Setting, percent: float = EQUAL) -> float:
     """SMT's parameters over those of the q, k, v weights."""
-    return _plan(model, setting, EQUAL).n_params / sum(rows * cols for rows, cols in _shapes(model, list(QKV)))
+    return _plan(model, setting, percent).n_params / sum(rows * cols for rows, cols in _shapes(model, list(QKV)))
 
 
-def _supertuning(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
-    if not hasattr(peft, "SupertuningConfig"):
-        raise InputError(f"Expected a peft with Super-tuning, 0.21 or newer. Got {peft.__version__}.")
-    config = peft.SupertuningConfig(sparsity=1 - _share(model, setting), target_modules=list(QKV))
-    return wrapped(model, config, "Super-tuning")
+def _supertuning(percent: float = EQUAL) -> Builder:
+    def builder(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
+        if not hasattr(peft, "SupertuningConfig"):
+            raise InputError(f"Expected a peft with Super-tuning, 0.21 or newer. Got {peft.__version__}.")
+        sparsity = 1 - _share(model, setting, percent)
+        config = peft.SupertuningConfig(sparsity=sparsity, target_modules=list(QKV))
+        return wrapped(model, config, _rival_label("Super-tuning", model, setting, percent))
+
+    return builder
+
+
+def _rival_label(method: str, model: nn.Module, setting: Setting, percent: float) -> str:
+    return method if percent == EQUAL else _label(method, _plan(model, setting, percent), setting, percent)
 
 
 def _sift(model: Any, setting: Setting, batch: dict[str, Tensor]) -> Arm:
@@ -346,9 +357,12 @@ BUILDERS: dict[str, Builder] = {
     "lora-autocast": _autocast(_lora("LoRA q,k,v", list(QKV))),
     "lora-all": _lora("LoRA all linear", LINEARS),
     "dora": _lora("DoRA q,k,v", list(QKV), dora=True),
+    "dora-4.91": _lora("DoRA q,k,v", list(QKV), percent=4.91, dora=True),
     "dora-autocast": _autocast(_lora("DoRA q,k,v", list(QKV), dora=True)),
-    "shira": _shira,
-    "supertuning": _supertuning,
+    "shira": _shira(),
+    "shira-4.91": _shira(4.91),
+    "supertuning": _supertuning(),
+    "supertuning-4.91": _supertuning(4.91),
     "dense-v": _dense("dense v_proj", ("v_proj",)),
     "sift": _sift,
     "appendix-a": _appendix_a,

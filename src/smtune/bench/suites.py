@@ -11,7 +11,8 @@ from smtune.bench.subjects import find_subject
 
 ARMS = (
     "floor control smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
-    "lora-autocast lora-all dora dora-autocast shira supertuning dense-v sift appendix-a full full-autocast"
+    "lora-autocast lora-all dora dora-4.91 dora-autocast shira shira-4.91 supertuning supertuning-4.91 dense-v sift "
+    "appendix-a full full-autocast"
 ).split()
 """The arms of a comparison, in the order of its table."""
 
@@ -156,6 +157,6 @@ def needed_memory(series: Series, case: Case | None) -> int:
     if case is None:
         return 2 * base + subject.activation_values(series.tokens) * itemsize + (1 << 29)
     share = {"full": 3.0, "full-autocast": 8.0, "full-cpuadam": 7.0, "control": 0.0}.get(case.arm, 0.4)
-    if case.arm in ("dora", "shira", "supertuning", "dense-v"):
+    if case.arm.startswith(("dora", "shira", "supertuning", "dense-v")):
         share = 1.0  # dense matrices of q, k, v beside the base's
     return round(base * share)

@@ -94,12 +94,12 @@ def check_same_data(folder: RunFolder, data: TrainingData) -> None:
     pairs = [(before, now)]
     if "validation" in before and "validation" in now:
         pairs.append((before["validation"], now["validation"]))
-    for before, now in pairs:
-        if before["rows_sha256"] != now["rows_sha256"]:
-            changed = [source for source, digest in now["sources"].items() if before["sources"].get(source) != digest]
+    for old, new in pairs:
+        if old["rows_sha256"] != new["rows_sha256"]:
+            changed = [source for source, digest in new["sources"].items() if old["sources"].get(source) != digest]
             raise InputError(
                 f"Expected the data that {folder.path} was started with. Got other rows from "
-                f"{', '.join(changed or now['sources'])}: restore them, or choose another output."
+                f"{', '.join(changed or new['sources'])}: restore them, or choose another output."
             )
 
 

@@ -8,10 +8,7 @@ unless asked for. Imports the data, the models, the core and PEFT; never evaluat
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,21 +19,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import smtune
-from smtune.data import Collator, encode, read_records, to_example
 from smtune.errors import InputError
 from smtune.files import write_json, write_text
-from smtune.models import identity, load_tokenizer, portable_name, skeleton
+from smtune.models import identity, portable_name, skeleton
 from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
+from smtune.training.data import TrainingData, check_same_data, load_data
 from smtune.training.environment import describe_environment
 from smtune.training.folder import RunFolder, read_record, step_of, write_folder
 from smtune.training.lock import locked
@@ -170,10 +166,9 @@ def _train(
     """`train` in a folder that may be written, and in which no other process is."""
     is_main = PartialState().is_main_process
     checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
-    tokenizer, dataset, held_out, data_record, summary = _load_data(config)
-    _check_same_data(folder, data_record)
-    collator = _collator(tokenizer)
-    _say(console, f"Data: {summary}")
+    data = load_data(config)
+    check_same_data(folder, data)
+    _say(console, f"Data: {data.summary}")
     kept = folder.plan if config.method == "smt" and _from_main(folder.has_plan(config)) else None
     makes_plan = config.method == "smt" and config.smt.plan is None
     must_score = makes_plan and kept is None
@@ -199,11 +194,11 @@ def _train(
         model = wrap(model, config, None)
     PartialState().wait_for_everyone()  # every process has looked at the folder as it was
     if is_main:
-        _write_start(folder, config, data_record, arguments, checkpoint, console)
+        _write_start(folder, config, data.record, arguments, checkpoint, console)
     PartialState().wait_for_everyone()
 
     if config.method == "smt":
-        plan = _make_plan(model, dataset, collator, config, folder, console)
+        plan = _make_plan(model, data, config, folder, console)
         if config.has_dense_warmup and must_score:
             del model
             model = load_base(config, folder.warmed)  # as a resumed run has it
@@ -222,12 +217,12 @@ def _train(
     trainer = RecipeTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset.select_columns(["input_ids", "labels"]),
-        eval_dataset=held_out.select_columns(["input_ids", "labels"]) if held_out is not None else None,
-        data_collator=collator,
+        train_dataset=data.rows.select_columns(["input_ids", "labels"]),
+        eval_dataset=data.held_out.select_columns(["input_ids", "labels"]) if data.held_out is not None else None,
+        data_collator=data.collator,
         callbacks=[Checkpoints(folder, config.training.keep_checkpoints), metrics, progress, *callbacks],
     )
-    trainer.lengths = list(dataset["length"]) if config.training.group_by_length else None
+    trainer.lengths = list(data.rows["length"]) if config.training.group_by_length else None
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -235,7 +230,7 @@ def _train(
         progress.close()
     seconds = metrics.elapsed
 
-    save(trainer, tokenizer, config, folder)
+    save(trainer, data.tokenizer, config, folder)
     PartialState().wait_for_everyone()  # the metrics are whole
     result = final_result(config, folder, trainer, seconds, number, total_parameters)
     if is_main:
@@ -261,11 +256,11 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
     check_scoring(config)
-    tokenizer, dataset, _, _, _ = _load_data(config)
+    data = load_data(config)
     console = console or Console(stderr=True)
     _say_remarks(console, foresee(config))
     model = load_base(config).to(PartialState().device)
-    return score(model, dataset, _collator(tokenizer), config, console.is_terminal)
+    return score(model, data.rows, data.collator, config, console.is_terminal)
 
 
 def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = None) -> WorkPlan:
@@ -287,7 +282,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
         check_scoring(config)
-    _, dataset, _, _, summary = _load_data(config)
+    data = load_data(config)
     foreseen = foresee(config, kept)
     blocks, n_scoring, plan = "", 0, foreseen.plan
     if plan is not None:
@@ -295,8 +290,8 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         if config.has_dense_warmup:
             n_scoring = config.smt.dense_warmup_steps or 0
         elif config.smt.plan is None and config.smt.criterion not in DATA_FREE:
-            n_scoring = min(config.smt.warmup_steps, math.ceil(len(dataset) / (config.smt.score_batch_size or 1)))
-    per_epoch, steps = count_steps(config, len(dataset), processes)
+            n_scoring = min(config.smt.warmup_steps, math.ceil(len(data.rows) / (config.smt.score_batch_size or 1)))
+    per_epoch, steps = count_steps(config, len(data.rows), processes)
     writes = ["config.yaml", "environment.json", "data.json"]
     writes += ["scoring.json", "plan.json"] * (config.method == "smt")
     writes += ["metrics.jsonl", "checkpoints/", f"{folder.trained(config).name}/", "result.json"]
@@ -307,9 +302,9 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         total_parameters=foreseen.total_parameters,
         trainable_parameters=foreseen.trainable_parameters,
         blocks=blocks,
-        rows=len(dataset),
-        tokens=sum(dataset["length"]),
-        data=summary,
+        rows=len(data.rows),
+        tokens=sum(data.rows["length"]),
+        data=data.summary,
         epochs=steps / per_epoch,
         steps=steps,
         rows_per_step=rows_per_step(config, processes),
@@ -323,91 +318,12 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     )
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
-
-
-def _load_data(
-    config: TrainConfig,
-) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None, dict[str, Any], str]:
-    """The model's tokenizer, the rows, those held out, the record of them for `data.json`, and the same in words."""
-    data, seed = config.data, config.training.seed
-    # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
-    records = read_records(data.train, format=data.format, limit=data.limit, seed=seed)
-    held_out_records = None
-    if isinstance(data.validation, (str, list)):
-        held_out_records = read_records(data.validation, format=data.format)
-    tokenizer = load_tokenizer(config.model)
-
-    encoded = partial(
-        encode, tokenizer=tokenizer, max_length=data.max_length, train_on=data.train_on, on_long=data.on_long
-    )
-    dataset, report = encoded([to_example(record, tokenizer) for record in records])
-    held_out, summary = None, str(report)
-    record = {"sources": _digests(data.train), **dataclasses.asdict(report)}
-    if held_out_records is not None:
-        held_out, held_out_report = encoded([to_example(record, tokenizer) for record in held_out_records])
-        summary += f". Held out: {held_out_report}"
-        record["validation"] = {"sources": _digests(data.validation), "rows_sha256": _rows_sha256(held_out)}
-    elif isinstance(data.validation, int):
-        if data.validation >= len(dataset):
-            raise InputError(
-                f"data.validation: expected fewer rows than there are to train on. Got {data.validation} of "
-                f"{len(dataset)}: keep fewer, or name a file of others."
-            )
-        chosen = set(random.Random(seed).sample(range(len(dataset)), data.validation))
-        held_out = dataset.select(sorted(chosen))
-        dataset = dataset.select([k for k in range(len(dataset)) if k not in chosen])
-        summary += f". Held out: {data.validation:,} of them"
-    return tokenizer, dataset, held_out, record | {"rows_sha256": _rows_sha256(dataset)}, summary
-
-
-def _digests(sources: Any) -> dict[str, str | None]:
-    return {source: _file_sha256(Path(source)) for source in ([sources] if isinstance(sources, str) else sources)}
-
-
-def _rows_sha256(dataset: Dataset) -> str:
-    rows = hashlib.sha256()
-    for ids, labels in zip(dataset["input_ids"], dataset["labels"]):
-        rows.update(json.dumps([ids, labels]).encode())
-    return rows.hexdigest()
-
-
-def _file_sha256(path: Path) -> str | None:
-    """None for what is no file: packaged data, or the hub's."""
-    path = path.expanduser()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _check_same_data(folder: RunFolder, record: dict[str, Any]) -> None:
-    if folder.holds_work and folder.data.is_file():
-        before = read_record(folder.data, "rows_sha256", "sources")
-        pairs = [(before, record)]
-        if "validation" in before and "validation" in record:
-            pairs.append((before["validation"], record["validation"]))
-        for before, record in pairs:
-            if before["rows_sha256"] == record["rows_sha256"]:
-                continue
-            changed = [
-                source for source, digest in record["sources"].items() if before["sources"].get(source) != digest
-            ]
-            raise InputError(
-                f"Expected the data that {folder.path} was started with. Got other rows from "
-                f"{', '.join(changed or record['sources'])}: restore them, or choose another output."
-            )
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
-    assert isinstance(tokenizer.pad_token_id, int)  # `load_tokenizer` sees to it
-    return Collator(tokenizer.pad_token_id)
-
-
 # Plan -----------------------------------------------------------------------------------------------------------------
 
 
 def _make_plan(
     model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
+    data: TrainingData,
     config: TrainConfig,
     folder: RunFolder,
     console: Console,
@@ -423,7 +339,7 @@ def _make_plan(
     if config.smt.plan is not None:
         plan = smtune.Plan.load(config.smt.plan)
     elif config.has_dense_warmup:
-        plan, losses = warm_up(model, dataset, collator, config, partial(_say_step, console, config))
+        plan, losses = warm_up(model, data.rows, data.collator, config, partial(_say_step, console, config))
         record = {
             "dense_warmup": {
                 "learning_rate": config.smt.dense_warmup_learning_rate,
@@ -432,7 +348,7 @@ def _make_plan(
             }
         }
     else:
-        plan = score(model, dataset, collator, config, console.is_terminal)
+        plan = score(model, data.rows, data.collator, config, console.is_terminal)
     seconds = time.perf_counter() - started if config.smt.plan is None else 0.0
     if PartialState().is_main_process:
         if config.has_dense_warmup:

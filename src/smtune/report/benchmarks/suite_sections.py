@@ -23,7 +23,7 @@ from smtune.report.benchmarks.records import (
     step,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import OTHERS, RIVALS, against, memory_parts, timed_apart
+from smtune.report.benchmarks.targets import OTHERS, RIVALS, SMALLER, against, memory_parts, timed_apart
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
@@ -110,7 +110,7 @@ def rivals_section(found: list[Suite]) -> str:
     """SMT's step less each rival's, in every suite."""
     tables = []
     for name, rivals in RIVALS.items():
-        rivals = rivals | (OTHERS if name == "smt-0.84" else {})
+        rivals = rivals | SMALLER.get(name, {}) | (OTHERS if name == "smt-0.84" else {})
         rows = []
         for suite in found:
             told = [against(suite, name, rival) for rival in rivals]
