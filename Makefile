@@ -54,11 +54,13 @@ check: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -q tests/unit/test_imports.py
 
-# Some five hours on two cores, which should have nothing else to do; a stopped run goes on where it was. A file holds the
+# Some nine hours on two cores, which should have nothing else to do; a stopped run goes on where it was. Differences of a few
+# percent took up to 60 pairs: `make bench ROUNDS=60` for all, or `smtune bench --rounds 60 --arms …` for some. A file holds the
 # records of one kind of machine: on another, `make bench RESULTS=docs/results/bench_mine.json PAGE=docs/benchmarks_mine.md`.
 RESULTS := docs/results/bench.json
 PAGE := docs/benchmarks.md
-BENCH := $(BIN)/smtune bench --dtype float32,bfloat16 --output $(RESULTS) --page $(PAGE)
+ROUNDS := 12
+BENCH := $(BIN)/smtune bench --rounds $(ROUNDS) --dtype float32,bfloat16 --output $(RESULTS) --page $(PAGE)
 
 bench: $(INSTALLED)
 	$(BENCH) --suite all --rival benchmarks/appendix_a.py

@@ -89,7 +89,8 @@ class BlockIndex:
         pairs: the blocks as (row, col) integers on the host, for loops that must not synchronise with a device.
         columns: the block columns of x that are kept for the block gradients: those that some block reads, or more of
             them after `keeping`.
-        compact_pairs: `pairs`, with each column replaced by its position in `columns`.
+        sides: `pairs` as all rows and all columns, as operators take them.
+        compact_sides: the same, with each column replaced by its position in `columns`.
     Raises:
         InputError: unequal lengths, a block outside the grid, or a block named twice.
     """
@@ -99,7 +100,8 @@ class BlockIndex:
     cols: Tensor
     pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
     columns: BlockColumns = field(init=False, repr=False)
-    compact_pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    sides: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False)
+    compact_sides: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False)
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,8 @@ class BlockIndex:
                 f"Expected rows and cols of one length. Got {tuple(self.rows.shape)} and {tuple(self.cols.shape)}."
             )
         # Computed here and not on demand: compilers cannot trace through a lazy property.
-        object.__setattr__(self, "pairs", tuple(zip(self.rows.tolist(), self.cols.tolist())))
+        object.__setattr__(self, "sides", (tuple(self.rows.tolist()), tuple(self.cols.tolist())))
+        object.__setattr__(self, "pairs", tuple(zip(*self.sides)))
         object.__setattr__(self, "_on", {})
         self._keep(BlockColumns(tuple(sorted({col for _, col in self.pairs})), n_cols))
         for row, col in self.pairs:
@@ -143,7 +146,8 @@ class BlockIndex:
     def _keep(self, columns: BlockColumns) -> None:
         position = {col: k for k, col in enumerate(columns.cols)}
         object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "compact_pairs", tuple((row, position[col]) for row, col in self.pairs))
+        rows, cols = self.sides
+        object.__setattr__(self, "compact_sides", (rows, tuple(position[col] for col in cols)))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows, cols) as int64 on `device`; copied there once."""

@@ -145,6 +145,17 @@ class _Accumulator:
     def _tiles(self, dense_OI: Tensor) -> Tensor:
         return tile(dense_OI, self.target.grid.block_size)
 
+    def _means(self, dense_OI: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean over each block of `measure` of its entries, (R, C), in fp32 or wider; some rows at a time."""
+        dtype = torch.promote_types(dense_OI.dtype, torch.float32)
+        size = self.target.grid.block_size
+        some_rows = dense_OI.split(size * max(1, MEAN_ROWS // size))
+        return torch.cat([self._tiles(measure(rows.to(dtype))).mean((-1, -2)) for rows in some_rows])
+
+
+MEAN_ROWS = 256
+"""Of a dense matrix, widened at a time where its blocks' means are taken, or those of one row of blocks."""
+
 
 class _AbsOfSum(_Accumulator):
     """The gradient never exists: it is added by the product itself, or a few rows at a time to a sum of another dtype
@@ -175,8 +186,7 @@ class _AbsOfSum(_Accumulator):
         return self.total
 
     def value(self) -> Tensor:
-        dtype = torch.promote_types(self.sum.dtype, torch.float32)
-        return self._tiles(self.sum.abs()).mean((-1, -2), dtype=dtype)
+        return self._means(self.sum, torch.abs)
 
 
 class _Net(_Accumulator):
@@ -196,9 +206,7 @@ class _Net(_Accumulator):
 
 
 class _PerBatch(_Accumulator):
-    """Criteria that are not linear in the gradient need a batch's whole; it is widened some rows at a time."""
-
-    ROWS = 256
+    """Criteria that are not linear in the gradient need a batch's whole."""
 
     def fold(self, grad_y_NO: Tensor, x_NI: Tensor) -> None:
         if self.last_batch == self.batch:
@@ -210,10 +218,7 @@ class _PerBatch(_Accumulator):
         self.fold_gradient(grad_y_NO.T @ x_NI)
 
     def fold_gradient(self, gradient_OI: Tensor) -> None:
-        dtype = torch.promote_types(gradient_OI.dtype, torch.float32)
-        some_rows = self.target.grid.block_size * max(1, self.ROWS // self.target.grid.block_size)
-        means = [self._tiles(self._measure(rows.to(dtype))).mean((-1, -2)) for rows in gradient_OI.split(some_rows)]
-        self._add(torch.cat(means))
+        self._add(self._means(gradient_OI, self._measure))
 
     def _measure(self, gradient: Tensor) -> Tensor:
         """Of some entries, fp32 or wider: what a block's score is the mean of."""

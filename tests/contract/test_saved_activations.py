@@ -14,10 +14,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import smtune
+from smtune.bench.measure import memory_events
 from smtune.selection import ModulePlan, Plan
 from smtune.tuner.layer import SMTLinear
 
@@ -187,17 +189,28 @@ def test_one_gather_for_an_attention_also_when_recomputed(tiny_llama):
     assert n_gathers(model, lambda: model(**batch()).loss.backward()) == 2  # none in the gradient-free forward
 
 
-def test_nothing_survives_a_step(tiny_llama):
-    model = peft.get_peft_model(tiny_llama, config(tiny_llama)).train()
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_nothing_survives_a_step(tiny_llama, mode, use_reentrant):
+    model = peft.get_peft_model(tiny_llama, config(tiny_llama, mode)).train()
+    if use_reentrant is not None:
+        model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+
+    def step():
+        model(**batch()).loss.backward()
 
     def alive():
         gc.collect()
         return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
 
-    model(**batch()).loss.backward()
+    step()
     before = alive()
-    model(**batch()).loss.backward()
+    step()
     assert alive() - before == set()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert sum(memory_events(profiler)) == 0  # what autograd holds is no Python object
     loss = model(**batch()).loss  # a forward without its backward
     assert all(layer._shared._held is None for layer in smt_layers(model))
     del loss

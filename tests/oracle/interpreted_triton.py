@@ -127,6 +127,28 @@ def test_block_product(case, config, transpose):
     close(y, expected, rounding=eps if dtype == torch.bfloat16 else eps / 2)  # bf16 is cut off, not rounded
 
 
+@pytest.mark.parametrize("n_blocks", [1, 9])
+def test_a_layer_is_one_launch(n_blocks, monkeypatch):
+    index = BlockIndex.from_pairs(BlockGrid(96, 96, 32), [divmod(place, 3) for place in range(n_blocks)])
+    choose(0)
+    grad_y, x, blocks = torch.randn(600, 96), torch.randn(600, 96), torch.randn(n_blocks, 32, 32)
+    calls = {
+        triton_blocks.tuned_block_grad: lambda: triton_blocks.block_grad_triton(grad_y, x, index.pairs, 32),
+        triton_blocks.tuned_block_product: lambda: triton_blocks.block_product_triton_(grad_y, x, blocks, index.pairs),
+    }
+    for tuned, call in calls.items():
+        call()  # tunes
+        launches = []
+
+        def run(*args, original=tuned.fn.run, launches=launches, **kwargs):
+            launches.append(kwargs["grid"])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(tuned.fn, "run", run)
+        call()
+        assert len(launches) == 1
+
+
 def test_nothing_to_do():
     index = BlockIndex.from_pairs(BlockGrid(32, 48, 16), [(1, 2)])
     none = torch.zeros(0, 32), torch.zeros(0, 48)

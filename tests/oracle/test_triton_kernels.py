@@ -29,6 +29,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MATRIX_UNIT = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma"}
+SHARED_KIB = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}
+"""What one program may have: CUDA's compute capabilities 8.0, 9.0 and 10.0, and the LDS of CDNA 3."""
 BLOCK_SIZES = [32, 64, 128, 192, 256]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -50,7 +52,7 @@ def compiled(kernel, dtype, block_size, config, target, precision="ieee", unit_s
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=target, options=options).asm
+    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize("dtype", POINTERS, ids=str)
@@ -66,11 +68,30 @@ def test_compiles_ahead_of_time(name, dtype, tmp_path, monkeypatch):
             fitting = triton_blocks._fitting(CONFIGS, {}, block_size)
             # The largest tile at l = 256, the smallest elsewhere; in fp32, which takes seconds, the largest once.
             config = fitting[-1] if block_size == 256 and (dtype != torch.float32 or name == "sm80") else fitting[0]
-            asm = compiled(kernel, dtype, block_size, config, TARGETS[name], unit_strides=unit_strides)
+            asm = compiled(kernel, dtype, block_size, config, TARGETS[name], unit_strides=unit_strides).asm
             assert asm["hsaco" if name == "gfx942" else "cubin"]
             if dtype != torch.float32 and block_size >= 64:
                 assert MATRIX_UNIT[name] in asm["amdgcn" if name == "gfx942" else "ptx"]
     assert list(tmp_path.iterdir())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_configuration_compiles_and_some_fits_the_shared_memory(name, block_size, dtype, tmp_path, monkeypatch):
+    """The tuner passes over those that do not fit; without one that does, a layer could not run."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = {
+        block_grad_kernel: ["stride_go", "stride_xi"],
+        block_product_kernel: ["stride_yf", "stride_xf", "stride_source"],
+    }
+    for kernel, unit_strides in kernels.items():
+        shared = [
+            compiled(kernel, dtype, block_size, config, TARGETS[name], unit_strides=unit_strides).metadata.shared
+            for config in triton_blocks._fitting(CONFIGS, {}, block_size)
+        ]
+        assert min(shared) <= SHARED_KIB[name] * 1024, shared
 
 
 @pytest.mark.parametrize(
@@ -84,7 +105,7 @@ def test_compiles_ahead_of_time(name, dtype, tmp_path, monkeypatch):
 def test_compiles_for_other_layouts_and_tf32(kernel, unit_strides, precision, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (config, *_) = triton_blocks._fitting(CONFIGS, {}, 64)
-    assert compiled(kernel, torch.float32, 64, config, TARGETS["sm90"], precision, unit_strides)["cubin"]
+    assert compiled(kernel, torch.float32, 64, config, TARGETS["sm90"], precision, unit_strides).asm["cubin"]
 
 
 def test_right_in_the_interpreter():

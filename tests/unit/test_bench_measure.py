@@ -82,7 +82,8 @@ def test_smt_is_the_floor_and_its_blocks_exactly(name, options, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "options", [{}, {"share": 1 / 8}, {"share": 1.0}, {"layers": (1,)}, {"block_size": 8, "share": 0.05}]
+    "options",
+    [{}, {"share": 1 / 8}, {"share": 1.0}, {"layers": (0,)}, {"layers": (1,)}, {"block_size": 8, "share": 0.05}],
 )
 def test_smt_saves_the_used_columns_once_beyond_the_floor(options, dtype):
     floor, batch = build("floor", dtype, floor_from=min(options.get("layers", (0,))))

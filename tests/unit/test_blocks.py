@@ -60,7 +60,7 @@ def test_scatter_rounds_to_the_weights_dtype():
 def test_index_knows_its_columns():
     index = BlockIndex.from_pairs(BlockGrid(8, 16, 2), [(3, 7), (0, 2), (3, 2)])
     assert index.columns.cols == (2, 7)
-    assert index.compact_pairs == ((3, 1), (0, 0), (3, 0))
+    assert index.compact_sides == ((3, 0, 3), (1, 0, 0))
     assert not index.columns.is_all
     assert len(index) == 3
 
@@ -70,9 +70,9 @@ def test_index_keeps_more_columns_than_it_reads():
     columns = BlockColumns((0, 2, 5, 7), 8)
     kept = index.keeping(columns)
     assert kept.columns is columns
-    assert kept.compact_pairs == ((3, 3), (0, 1))
+    assert kept.compact_sides == ((3, 0), (3, 1))
     assert kept.pairs == index.pairs
-    assert index.compact_pairs == ((3, 1), (0, 0))
+    assert index.compact_sides == ((3, 0), (1, 0))
 
 
 def test_index_survives_copy_and_pickle():
@@ -81,7 +81,7 @@ def test_index_survives_copy_and_pickle():
     assert pickle.loads(pickle.dumps(index)).pairs == index.pairs
     columns = BlockColumns((0, 1), 2)
     first, second = pickle.loads(pickle.dumps([index.keeping(columns), index.keeping(columns)]))
-    assert first.compact_pairs == ((1, 0),)
+    assert first.compact_sides == ((1,), (0,))
     assert first.columns is second.columns
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import smtune
 from smtune import InputError, SMTConfig, scoring
+from smtune.bench.measure import memory_events
 from smtune.blocks import BlockGrid, tile
-from smtune.scoring import CRITERIA, DATA_FREE, Target, _AbsOfSum, _PerBatch
+from smtune.scoring import CRITERIA, DATA_FREE, Target, _AbsOfSum
 from smtune.training import parse_config
 
 SIZE = 16
@@ -330,7 +334,7 @@ class Alive(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
+each_memory = pytest.mark.parametrize(
     ("criterion", "dtype", "accumulators", "beside"),
     [
         ("abs_of_sum", "float32", 4, 0),  # bytes an entry of all accumulators; gradients beside them
@@ -340,11 +344,14 @@ class Alive(TorchDispatchMode):
         ("fisher", "float32", 0, 1),
     ],
 )
+
+
+@each_memory
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_one_gradient_at_a_time_beside_the_accumulators(
     tiny_llama, criterion, dtype, accumulators, beside, base, monkeypatch
 ):
-    monkeypatch.setattr(_PerBatch, "ROWS", 8)
+    monkeypatch.setattr(scoring, "MEAN_ROWS", 8)
     monkeypatch.setattr(_AbsOfSum, "ROWS", 8)
     tiny_llama.to(base)
     settings = config(criterion=criterion, accumulator_dtype=dtype)
@@ -355,6 +362,24 @@ def test_one_gradient_at_a_time_beside_the_accumulators(
         smtune.score_blocks(tiny_llama, make_batches(2), settings, progress=lambda done: most.append(alive.most))
     sizes = [weight.numel() for weight in weights]
     assert accumulators * sum(sizes) <= most[-1] <= accumulators * sum(sizes) + beside * base.itemsize * max(sizes)
+
+
+@each_memory
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_the_peak_is_the_accumulators_and_one_gradient(criterion, dtype, accumulators, beside, base, monkeypatch):
+    """All that is allocated, by the profiler. Beside these are copies of an eighth of a matrix, and a few tokens."""
+    monkeypatch.setattr(_AbsOfSum, "ROWS", scoring.MEAN_ROWS)
+    sizes = {"hidden_size": 2048, "intermediate_size": 64, "num_attention_heads": 16, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).to(base)
+    ids = torch.arange(8).view(1, 8)
+    settings = config(criterion=criterion, accumulator_dtype=dtype)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        smtune.score_blocks(model, [{"input_ids": ids, "labels": ids}] * 2, settings)
+    peak = max(accumulate(memory_events(profiler)))
+    weight = 2048**2
+    sums, gradient = 3 * accumulators * weight, beside * base.itemsize * weight
+    rows = 3 * scoring.MEAN_ROWS * 2048 * 4
+    assert sums <= peak <= sums + gradient + rows + 2**21
 
 
 def fold(batches, dtype):

@@ -124,7 +124,7 @@ def peak_tensor_bytes(arm: Arm, batch: Batch) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(arm, batch)
     alive = peak = 0
-    for event in _memory_events(profiler):
+    for event in memory_events(profiler):
         alive += event
         peak = max(peak, alive)
     return before + peak
@@ -140,10 +140,10 @@ def alive_after_forward(arm: Arm, batch: Batch) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = arm.model(**batch).loss
     del loss
-    return sum(_memory_events(profiler))
+    return sum(memory_events(profiler))
 
 
-def _memory_events(profiler: Any) -> list[int]:
+def memory_events(profiler: Any) -> list[int]:
     """Bytes allocated (positive) and freed (negative), in order of time."""
     with tempfile.TemporaryDirectory(prefix="smtune-bench-") as folder:
         path = Path(folder) / "trace.json"

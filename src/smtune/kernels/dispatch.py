@@ -43,16 +43,16 @@ def block_grad(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
             f"Expected grad_y and x with the same leading dims and dtype. Got {tuple(grad_y_NO.shape)} "
             f"{grad_y_NO.dtype} and {tuple(x_NI.shape)} {x_NI.dtype}."
         )
-    return _flat_block_grad(grad_y_NO, x_NI, index.pairs, grid.block_size)
+    return _flat_block_grad(grad_y_NO, x_NI, index.sides, grid.block_size)
 
 
 def block_grad_compact(grad_y_NO: Tensor, x_used: Tensor, index: BlockIndex) -> Tensor:
     """As `block_grad`, from `x_used`: only the kept columns of x, (..., U·l), in the order of `index.columns`."""
-    return _flat_block_grad(grad_y_NO, x_used, index.compact_pairs, index.grid.block_size)
+    return _flat_block_grad(grad_y_NO, x_used, index.compact_sides, index.grid.block_size)
 
 
-def _flat_block_grad(grad_y: Tensor, x: Tensor, pairs: Sequence[tuple[int, int]], block_size: int) -> Tensor:
-    return torch.ops.smtune.block_grad(flatten(grad_y), flatten(x), *_sides(pairs), block_size)
+def _flat_block_grad(grad_y: Tensor, x: Tensor, sides: tuple[Sequence[int], Sequence[int]], block_size: int) -> Tensor:
+    return torch.ops.smtune.block_grad(flatten(grad_y), flatten(x), *sides, block_size)
 
 
 def block_product_(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, transpose: bool = False) -> Tensor:
@@ -65,17 +65,13 @@ def block_product_(y: Tensor, x: Tensor, blocks: Tensor, index: BlockIndex, tran
     Cost: 2·N·m·l² FLOP; no (O, I) tensor.
     """
     y_flat = y.view(y.shape[:-1].numel(), y.shape[-1])
-    _block_product_op(y_flat, flatten(x), blocks.to(y.dtype), *_sides(index.pairs), transpose)
+    _block_product_op(y_flat, flatten(x), blocks.to(y.dtype), *index.sides, transpose)
     return y
 
 
 def flatten(x: Tensor) -> Tensor:
     """(..., F) as (N, F): any leading dims, none included, and any of them empty."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _sides(pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    return [row for row, _ in pairs], [col for _, col in pairs]
 
 
 # The operators, opaque to compilers. Places of blocks come as lists: a kernel on a device keeps the tables it makes of

@@ -40,7 +40,7 @@ def growth_section(results: Record, pictures: Pictures) -> str:
         for measure in [*series.measures, "floor"]:
             target = series.axis.targets.get(measure)
             exponent = words.exponent(sweeps.fit(series, measure))
-            shown = words.DASH if target is None else f"{'≤ ' * (measure in series.axis.at_most)}{target:g}"
+            shown = words.DASH if target is None else f"{target:g}"
             rows.append((*name, sweeps.MEASURES[measure], exponent, shown))
         flops = sweeps.flops_exponent(series)
         if flops is not None:

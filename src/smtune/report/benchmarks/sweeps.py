@@ -47,21 +47,17 @@ class Axis:
         x: its value, from a record.
         measures: what is fitted; of `MEASURES`.
         targets: exponent by measure, where one is asked for.
-        at_most: of `targets`, those that an exponent below meets too: what they measure has a part that does not grow.
     """
 
     name: str
     x: Callable[[Record], float | None]
     measures: tuple[str, ...]
     targets: dict[str, float]
-    at_most: tuple[str, ...] = ()
 
 
 ALL = ("step", "extra", "blocks")
 AXES = {
-    "tokens": Axis(
-        "tokens of a step", lambda r: r.get("tokens"), ALL, {"step": 1, "extra": 1, "blocks": 1}, at_most=("extra",)
-    ),
+    "tokens": Axis("tokens of a step", lambda r: r.get("tokens"), ALL, {"step": 1, "extra": 1, "blocks": 1}),
     "budget": Axis("trained parameters", lambda r: r.get("trained_params"), ALL, {"extra": 1, "blocks": 1}),
     "block_size": Axis("block size (rows)", lambda r: r.get("value"), ALL, {}),
     "depth": Axis(
