@@ -14,12 +14,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import smtune
-from smtune.bench.measure import memory_events
+from smtune.bench.measure import memory_changes
 from smtune.selection import ModulePlan, Plan
 from smtune.tuner.layer import SMTLinear
 
@@ -208,9 +207,7 @@ def test_nothing_survives_a_step(tiny_llama, mode, use_reentrant):
     before = alive()
     step()
     assert alive() - before == set()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    assert sum(memory_events(profiler)) == 0  # what autograd holds is no Python object
+    assert sum(memory_changes(step)) == 0  # what autograd holds is no Python object
     loss = model(**batch()).loss  # a forward without its backward
     assert all(layer._shared._held is None for layer in smt_layers(model))
     del loss

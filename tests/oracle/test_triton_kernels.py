@@ -31,6 +31,11 @@ TARGETS = {
 MATRIX_UNIT = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma"}
 SHARED_KIB = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}
 """What one program may have: CUDA's compute capabilities 8.0, 9.0 and 10.0, and the LDS of CDNA 3."""
+UNIT_STRIDES = {
+    block_grad_kernel: ["stride_go", "stride_xi"],
+    block_product_kernel: ["stride_yf", "stride_xf", "stride_source"],
+}
+"""Of contiguous operands."""
 BLOCK_SIZES = [32, 64, 128, 192, 256]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -59,11 +64,7 @@ def compiled(kernel, dtype, block_size, config, target, precision="ieee", unit_s
 @pytest.mark.parametrize("name", TARGETS)
 def test_compiles_ahead_of_time(name, dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = {
-        block_grad_kernel: ["stride_go", "stride_xi"],
-        block_product_kernel: ["stride_yf", "stride_xf", "stride_source"],
-    }
-    for kernel, unit_strides in kernels.items():
+    for kernel, unit_strides in UNIT_STRIDES.items():
         for block_size in BLOCK_SIZES:
             fitting = triton_blocks._fitting(CONFIGS, {}, block_size)
             # The largest tile at l = 256, the smallest elsewhere; in fp32, which takes seconds, the largest once.
@@ -82,11 +83,7 @@ def test_compiles_ahead_of_time(name, dtype, tmp_path, monkeypatch):
 def test_every_configuration_compiles_and_some_fits_the_shared_memory(name, block_size, dtype, tmp_path, monkeypatch):
     """The tuner passes over those that do not fit; without one that does, a layer could not run."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = {
-        block_grad_kernel: ["stride_go", "stride_xi"],
-        block_product_kernel: ["stride_yf", "stride_xf", "stride_source"],
-    }
-    for kernel, unit_strides in kernels.items():
+    for kernel, unit_strides in UNIT_STRIDES.items():
         shared = [
             compiled(kernel, dtype, block_size, config, TARGETS[name], unit_strides=unit_strides).metadata.shared
             for config in triton_blocks._fitting(CONFIGS, {}, block_size)

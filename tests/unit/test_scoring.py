@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smtune
 from smtune import InputError, SMTConfig, scoring
-from smtune.bench.measure import memory_events
+from smtune.bench.measure import memory_changes
 from smtune.blocks import BlockGrid, tile
 from smtune.scoring import CRITERIA, DATA_FREE, Target, _AbsOfSum
 from smtune.training import parse_config
@@ -373,9 +372,8 @@ def test_the_peak_is_the_accumulators_and_one_gradient(criterion, dtype, accumul
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).to(base)
     ids = torch.arange(8).view(1, 8)
     settings = config(criterion=criterion, accumulator_dtype=dtype)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        smtune.score_blocks(model, [{"input_ids": ids, "labels": ids}] * 2, settings)
-    peak = max(accumulate(memory_events(profiler)))
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    peak = max(accumulate(memory_changes(lambda: smtune.score_blocks(model, batches, settings))))
     weight = 2048**2
     sums, gradient = 3 * accumulators * weight, beside * base.itemsize * weight
     rows = 3 * scoring.MEAN_ROWS * 2048 * 4

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,8 @@ def peak_tensor_bytes(arm: Arm, batch: Batch) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step(arm, batch)
         return torch.cuda.max_memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(arm, batch)
-    alive = peak = 0
-    for event in memory_events(profiler):
-        alive += event
-        peak = max(peak, alive)
-    return before + peak
+    changes = memory_changes(lambda: step(arm, batch))
+    return before + max(accumulate(changes, initial=0))
 
 
 def alive_after_forward(arm: Arm, batch: Batch) -> int:
@@ -137,14 +133,14 @@ def alive_after_forward(arm: Arm, batch: Batch) -> int:
     """
     if device_of(arm).type == "cuda":
         return 0
+    return sum(memory_changes(lambda: arm.model(**batch).loss))
+
+
+def memory_changes(run: Callable[[], Any]) -> list[int]:
+    """Bytes allocated (positive) and freed (negative) on the CPU, in order of time; what `run` returns is kept."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = arm.model(**batch).loss
-    del loss
-    return sum(memory_events(profiler))
-
-
-def memory_events(profiler: Any) -> list[int]:
-    """Bytes allocated (positive) and freed (negative), in order of time."""
+        kept = run()
+    del kept
     with tempfile.TemporaryDirectory(prefix="smtune-bench-") as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -140,8 +140,8 @@ def select_blocks(scores: Mapping[str, Tensor], config: SMTConfig, total_params:
     modules = {
         name: ModulePlan(
             shape=(index.grid.out_features, index.grid.in_features),
-            rows=tuple(row for row, _ in index.pairs),
-            cols=tuple(col for _, col in index.pairs),
+            rows=index.sides[0],
+            cols=index.sides[1],
             score_mean=scores[name].mean().item(),
             score_max=scores[name].max().item(),
             kinds=scores.kinds.get(name, ()),
