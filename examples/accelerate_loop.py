@@ -39,7 +39,8 @@ def main(model: str = "smollm2-135m", data: str = "arithmetic", output: str = "r
     smt, optimizer, loader = accelerator.prepare(smt, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0), loader)
     losses = []
     smt.train()
-    for batch in itertools.islice(loader, 2 * steps):
+    passes = (batch for _ in itertools.count() for batch in loader)
+    for batch in itertools.islice(passes, 2 * steps):
         with accelerator.accumulate(smt):
             loss = smt(**batch).loss
             accelerator.backward(loss)

@@ -1,15 +1,15 @@
 """Sparse Matrix Tuning with Hugging Face's Trainer.
 
 python examples/hf_trainer.py                                              # SmolLM2-135M on word problems, on a CPU too
-python examples/hf_trainer.py --resume                                    # go on where it was stopped, to the same bits
+python examples/hf_trainer.py --resume                                    # go on where it was stopped
 python examples/hf_trainer.py --model meta-llama/Llama-3.2-1B --data rows.jsonl --output runs/mine
 """
 
 from pathlib import Path
 
 import peft
-import torch
 import typer
+from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 import smtune
@@ -26,7 +26,7 @@ def main(
 ):
     tokenizer = load_tokenizer(model)
     rows, report = prepare(data, tokenizer, max_length=256)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
+    base = load_model(model, device=PartialState().device)  # in fp32, as what is trained
     collate = Collator(tokenizer.pad_token_id)
     print(report)
 

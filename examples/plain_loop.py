@@ -4,6 +4,8 @@ python examples/plain_loop.py                                              # Smo
 python examples/plain_loop.py --model meta-llama/Llama-3.2-1B --data rows.jsonl --output runs/mine
 """
 
+import itertools
+
 import peft
 import torch
 import typer
@@ -44,7 +46,8 @@ def main(model: str = "smollm2-135m", data: str = "arithmetic", output: str = "r
     smt = peft.get_peft_model(base, config.with_plan(plan))
     smt.print_trainable_parameters()
 
-    losses = train(smt, list(batches(rows, collate, 8, seed=1, n=steps)))
+    passes = (batch for k in itertools.count(1) for batch in batches(rows, collate, 8, seed=k))
+    losses = train(smt, list(itertools.islice(passes, steps)))
     smt.save_pretrained(output)
     print(f"Wrote {output}. As a plain model: smtune merge {output} merged/")
     return smt, losses

@@ -8,6 +8,7 @@ python examples/trl_dpo.py --data pairs.jsonl            # {"prompt", "chosen", 
 import peft
 import torch
 import typer
+from accelerate import PartialState
 from datasets import Dataset
 from peft.functional import cast_adapter_dtype
 from trl import DPOConfig, DPOTrainer
@@ -37,7 +38,7 @@ def main(
     steps: int = 30,
 ):
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
+    base = load_model(model, device=PartialState().device)  # in fp32, as what is trained
     rows = Dataset.from_list(word_problems(400)) if data is None else Dataset.from_json(data)
     if adapter is None:
         policy, config = base, planned(smtune.SMTConfig(budget=0.0084, task_type="CAUSAL_LM"), base, rows, tokenizer)

@@ -6,6 +6,7 @@ python examples/trl_sft.py --model meta-llama/Llama-3.2-1B --data rows.jsonl    
 
 import torch
 import typer
+from accelerate import PartialState
 from datasets import Dataset
 from peft.functional import cast_adapter_dtype
 from trl import SFTConfig, SFTTrainer
@@ -17,7 +18,7 @@ from smtune.models import load_model, load_tokenizer
 
 def main(model: str = "smollm2-135m", data: str | None = None, output: str = "runs/sft", steps: int = 30):
     tokenizer = load_tokenizer(model)
-    base = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")  # in fp32, as what is trained
+    base = load_model(model, device=PartialState().device)  # in fp32, as what is trained
     if data is None:
         rows = Dataset.from_list(
             [{"prompt": alpaca_prompt(row["instruction"]), "completion": row["output"]} for row in arithmetic(400)]

@@ -7,8 +7,8 @@ is one contiguous copy of the columns of x that some block reads, and a referenc
 `additive_block_linear` (additive): blocks act beside an untouched weight, `y += x Dᵀ`, for bases whose weight cannot
 be written, such as quantised ones.
 
-Both take any leading dims and run under autocast. Imports torch, `smtune.blocks`, `smtune.kernels` and
-`smtune.weights` alone.
+Both take any leading dims and run under autocast. Imports torch, `smtune.blocks`, `smtune.errors`, `smtune.kernels`
+and `smtune.weights` alone.
 Shapes: N tokens (all leading dims), I in, O out, m blocks, l block size, U·l used columns.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smtune.blocks import BlockIndex, tile
+from smtune.errors import InputError
 from smtune.kernels import block_grad, block_grad_compact, block_product_, flatten
 from smtune.weights import view_OI
 
@@ -79,7 +80,9 @@ class _BlockLinear(torch.autograd.Function):
         ctx.index = index
         ctx.transposed = transposed
         ctx.blocks_dtype = blocks.dtype
-        return F.linear(x, view_OI(weight, transposed), bias)
+        y = F.linear(x, view_OI(weight, transposed), bias)
+        # With a bias it may be a view, which autograd lets nobody change in place once a custom function returns it.
+        return y if bias is None else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable
@@ -127,9 +130,17 @@ def additive_block_linear(
         take: as for `block_linear`.
     Returns:
         (..., O), a new tensor in y's dtype.
+    Raises:
+        InputError: x and y are not as wide as the weight that the index is of.
     Cost: 2·N·m·l² FLOP forward, twice that backward.
     Saves: the blocks by reference and N·U·l values of x.
     """
+    grid = index.grid
+    if (y.shape[-1], x.shape[-1]) != (grid.out_features, grid.in_features):
+        raise InputError(
+            f"Expected x (..., {grid.in_features}) and y (..., {grid.out_features}), as wide as the weight. Got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}. Is the layer split by tensor parallelism? Blocks cannot be."
+        )
     x = x.to(y.dtype)
     learns = torch.is_grad_enabled() and blocks.requires_grad
     return _AdditiveBlockLinear.apply(y, x, blocks, (take or used_columns)(x, index) if learns else None, index)

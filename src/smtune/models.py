@@ -257,11 +257,17 @@ def fingerprint(name: str) -> str:
     return f"{label} ({digest.hexdigest()[:12]})"
 
 
+def weights_of(fingerprint: Any) -> Any:
+    """The hash or revision that ends a fingerprint, the same under any name; all of what has none."""
+    found = re.search(r"\(([0-9a-f]{12,})\)$", str(fingerprint))
+    return found[1] if found else fingerprint
+
+
 def identity(name: str) -> dict[str, Any]:
-    """Where the weights come from, for the record of a run: the name, and what is known of their source
-    (of the package) or revision (on the hub)."""
+    """Where the weights come from, for the record of a run: the name, their fingerprint, and what is known of their
+    source (of the package) or revision (on the hub)."""
     place = resolve(name)
-    record: dict[str, Any] = {"name": name, "resolved": portable_name(name)}
+    record: dict[str, Any] = {"name": name, "resolved": portable_name(name), "weights": fingerprint(name)}
     source = Path(place) / SOURCE_FILE
     if source.is_file():
         record["source"] = json.loads(source.read_text(encoding="utf-8"))
@@ -355,16 +361,28 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+_REMEDIES = {
+    "gated repo": "Ask for access on its page at https://huggingface.co, and log in with `hf auth login`.",
+    "private repository": "If it is private, log in with `hf auth login`.",
+    "trust_remote_code": "smtune runs no code that comes with a model: take one of an architecture of transformers.",
+}
+"""What to do, by words of transformers' errors. Its own advice is about arguments that nobody here can pass."""
+
+
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Turn the ways in which transformers says "there is no such model" into one InputError."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: a package that the model needs
         if isinstance(error, InputError):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"Expected a model: {_KINDS}. Got {name!r}, which cannot be loaded: {reason}") from error
+        text = str(error)
+        reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        remedy = next((f" {remedy}" for words, remedy in _REMEDIES.items() if words in text), "")
+        raise InputError(
+            f"Expected a model: {_KINDS}. Got {name!r}, which cannot be loaded: {reason}{remedy}"
+        ) from error
 
 
 @contextmanager

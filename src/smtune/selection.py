@@ -379,34 +379,46 @@ def select(
             )
         chosen = {name: _best({name: scores[name]}, each)[name] for name in names}
     else:
-        chosen = {name: [] for name in names}
-        grouped: set[tuple[str, int]] = set()
-        for group, share in (shares or {}).items():
-            rows = {name: _rows_in(group, name, len(score), (kinds or {}).get(name)) for name, score in scores.items()}
-            targeted = [name for name in scores if rows[name]]
-            members = [name for name in names if rows[name]]
-            if targeted and not members:
-                raise _too_strict(max_backward_cost, targeted, backward_costs, f"of {group}")
-            if not members:
-                known = sorted({name.rpartition(".")[2] for name in scores}.union(*(kinds or {}).values()))
-                raise InputError(
-                    f"Expected shares of groups that are targeted. Got {group!r}, which none of "
-                    f"{', '.join(known)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *known])
-                )
-            places = {(name, row) for name in members for row in rows[name]}
-            if grouped & places:
-                raise InputError(f"Expected groups that do not overlap. Got {', '.join(shares or {})}.")
-            grouped |= places
-            best = _best({name: scores[name][rows[name]] for name in members}, math.floor(share * count + 1e-9))
-            for name, found in best.items():
-                n_cols = scores[name].shape[1]
-                places_of_all = [rows[name][place // n_cols] * n_cols + place % n_cols for place in found]
-                chosen[name] = sorted([*chosen[name], *places_of_all])
-        if not any(chosen.values()):
-            raise InputError(
-                f"Expected shares that buy at least one block. Got {dict(shares or {})} of {count} blocks."
-            )
+        chosen = _by_shares(scores, names, count, shares or {}, kinds or {}, max_backward_cost, backward_costs)
     return {name: _to_index(scores[name], chosen.get(name, []), block_size) for name in scores}
+
+
+def _by_shares(
+    scores: Mapping[str, Tensor],
+    names: Sequence[str],
+    count: int,
+    shares: Mapping[str, float],
+    kinds: Mapping[str, Sequence[str]],
+    limit: float | None,
+    costs: Mapping[str, float] | None,
+) -> dict[str, list[int]]:
+    """The flat places of the best blocks of each group, its share of `count`, among the modules in `names`."""
+    chosen: dict[str, list[int]] = {name: [] for name in names}
+    grouped: set[tuple[str, int]] = set()
+    for group, share in shares.items():
+        rows = {name: _rows_in(group, name, len(score), kinds.get(name)) for name, score in scores.items()}
+        targeted = [name for name in scores if rows[name]]
+        members = [name for name in names if rows[name]]
+        if targeted and not members:
+            raise _too_strict(limit, targeted, costs, f"of {group}")
+        if not members:
+            known = sorted({name.rpartition(".")[2] for name in scores}.union(*kinds.values()))
+            raise InputError(
+                f"Expected shares of groups that are targeted. Got {group!r}, which none of "
+                f"{', '.join(known)} belongs to." + did_you_mean(group, [*PROJECTION_GROUPS, *known])
+            )
+        places = {(name, row) for name in members for row in rows[name]}
+        if grouped & places:
+            raise InputError(f"Expected groups that do not overlap. Got {', '.join(shares)}.")
+        grouped |= places
+        best = _best({name: scores[name][rows[name]] for name in members}, math.floor(share * count + 1e-9))
+        for name, found in best.items():
+            n_cols = scores[name].shape[1]
+            places_of_all = [rows[name][place // n_cols] * n_cols + place % n_cols for place in found]
+            chosen[name] = sorted([*chosen[name], *places_of_all])
+    if not any(chosen.values()):
+        raise InputError(f"Expected shares that buy at least one block. Got {dict(shares)} of {count} blocks.")
+    return chosen
 
 
 def _within(limit: float | None, names: Iterable[str], costs: Mapping[str, float] | None) -> list[str]:

@@ -206,6 +206,15 @@ def test_a_config_may_be_used_again():
         }
 
 
+def test_a_config_whose_plan_is_taken_away_plans_anew():
+    config = make_config()
+    plan = peft.get_peft_model(make_base(), config).peft_config["default"].get_plan()
+    for config.seed in (0, 1):
+        config.plan = None
+        again = peft.get_peft_model(make_base(), config).peft_config["default"].get_plan()
+        assert (again.modules == plan.modules) == (config.seed == 0)
+
+
 def test_paper_setting():
     config = SMTConfig.paper(budget=0.0491)
     assert (config.block_size, config.criterion, config.warmup_steps, config.budget) == (256, "abs_of_sum", 100, 0.0491)
@@ -474,11 +483,29 @@ def test_a_backward_refuses_blocks_that_changed_since(mode, change, message):
         loss.backward()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_backward_after_the_adapter_is_deleted(mode):
+    """Refused in words of the resident mode; additive blocks keep their values when they are gone from the model."""
+    model = with_two(mode)
+    model.base_model.set_adapter("default")
+    weight = next(layer.smt_blocks["default"].weight for layer in layers(model) if "default" in layer.smt_blocks)
+    (expected,) = torch.autograd.grad(model(**BATCH).loss, [weight])
+    loss = model(**BATCH).loss
+    with pytest.warns(UserWarning, match="was active which is now deleted"):
+        model.delete_adapter("default")
+    if mode == "resident":
+        with pytest.raises(RuntimeError, match="Expected the blocks of .* a deleted or swapped adapter"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert torch.equal(weight.grad, expected)
+
+
 def test_a_backward_after_unload_is_refused():
     model = make_trained()
     loss = model(**BATCH).loss
     base = model.unload()
-    with pytest.raises(RuntimeError, match="Expected the blocks of .* an unmerge or an unload"):
+    with pytest.raises(RuntimeError, match="Expected the blocks of .* an unmerge, an unload"):
         loss.backward()
     assert same(weights(base), weights(make_base()))
 
@@ -637,6 +664,21 @@ def test_converting_the_base_under_resident_blocks_is_refused(how):
     with pytest.raises(InputError, match="Convert the base before its adapters are made"):
         merged.unmerge_adapter()
     assert torch.equal(logits(merged.unload()), expected)
+
+
+def test_blocks_under_data_parallel_name_the_launcher():
+    layer = layers(make_trained())[0]
+    layer.base_layer._is_replica = True  # as torch marks the copies that it makes for each GPU
+    with pytest.raises(InputError, match=r"replica of nn\.DataParallel.*torchrun"):
+        layer.restore()
+
+
+def test_a_weight_in_parts_is_not_merged_into():
+    layer = layers(make_trained(mode="additive"))[0]
+    weight = layer.base_layer.weight  # as ZeRO-3 leaves it
+    weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)
+    with pytest.raises(InputError, match="Expected the whole weight .* is sharded or offloaded"):
+        layer.check_merge()
 
 
 def test_what_is_never_called_is_refused():
@@ -1000,6 +1042,36 @@ def test_adding_an_adapter_to_a_merged_model(dtype):
     assert torch.equal(logits(model), logits(dense_twin(model, ["default"], dtype)))
 
 
+def test_a_plan_by_weight_for_a_merged_model_is_of_the_base():
+    config = {"criterion": "weight", "budget": 20}
+    expected = smtune.make_plan(make_base(), None, make_config(**config))
+    model = make_trained()
+    for layer in layers(model):
+        layer.smt_blocks["default"].weight.data.mul_(100)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("other", make_config(**config))
+    assert model.peft_config["other"].get_plan().modules == expected.modules
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_merged_or_disabled_model_may_be_moved_and_added_to(mode):
+    model = make_trained(mode=mode, budget=40)
+    assert any(layer._shared is not None for layer in layers(model))
+    tuned = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    model.to("cpu")
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    model.base_model.set_adapter("default")
+    model.add_adapter("other", make_config(seed=1, mode=mode, budget=40))
+    assert torch.equal(logits(model), logits(make_base()))
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model), tuned)
+
+
 def test_disabling_unmerges():
     base = weights(make_base())
     model = make_trained()
@@ -1226,6 +1298,10 @@ def test_mode_is_checked_against_the_layer():
     with pytest.raises(InputError, match=r"plain nn\.Linear"):
         SMTLinear(Odd(4, 4), mode="resident", name="odd")
     assert not SMTLinear(Odd(4, 4), mode="auto").resident
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda module, args, y: y)
+    with pytest.raises(InputError, match="Got Linear at q, with a forward that is hooked or replaced"):
+        SMTLinear(hooked, mode="resident", name="q")
     assert SMTLinear(nn.Linear(4, 4), mode="auto").resident
 
 

@@ -488,6 +488,18 @@ def test_dequantize_rounds_nothing_that_frozen_adapters_learned(folder, tmp_path
     assert {p.dtype for name, p in loaded.named_parameters() if ".modules_to_save." in name} == {torch.float32}
 
 
+def test_dequantize_rounds_nothing_of_an_adapter_that_transformers_added(folder):
+    model = load(folder, "bitsandbytes nf4", torch.bfloat16)
+    plan = smtune.make_plan(model, None, SMTConfig(block_size=SIZE, budget=10, criterion="random"))
+    config = SMTConfig(init_weights=False).with_plan(plan)
+    model.add_adapter(config)
+    learned = {name: p.detach().clone() for name, p in model.named_parameters() if ".smt_blocks." in name}
+    smtune.dequantize(model)
+    for name, value in learned.items():
+        assert torch.equal(model.get_parameter(name), value)
+        assert value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4, double", "torchao Int8WeightOnly"])
 def test_dequantize_decides_the_dtype(folder, kind):
     model = load(folder, kind, torch.bfloat16)

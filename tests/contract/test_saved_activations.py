@@ -122,6 +122,21 @@ def test_saved_bytes_are_the_contract_exactly(tiny_llama, mode, dtype, blocks):
     assert actual - floor_bytes(base) == expected
 
 
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_saved_bytes_and_gathers_under_autocast(tiny_llama, mode):
+    """q, k and v each cast x, and still keep one copy of its columns. The resident mode keeps no cast of W either."""
+    model = peft.get_peft_model(copy.deepcopy(tiny_llama), config(tiny_llama, mode, blocks=20)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, _ = saved_bytes(model, lambda: model(**batch()).loss)
+        floor = floor_bytes(tiny_llama)
+        assert n_gathers(model, lambda: model(**batch()).loss.backward()) == 2
+    columns = sum(N_TOKENS * len(union(attention)) * SIZE * 2 for attention in attentions(model))
+    above_lowest = tiny_llama.model.layers[1].self_attn  # the lowest one's dX is not computed
+    casts = sum(2 * above_lowest.get_submodule(name.split(".")[1]).weight.numel() for name in QKV)
+    assert min(columns, casts) > 0
+    assert actual - floor == columns - (casts if mode == "resident" else 0)
+
+
 def test_every_column_saves_x_itself_once(tiny_llama):
     model = peft.get_peft_model(copy.deepcopy(tiny_llama), config(tiny_llama, blocks=1000))
     actual, _ = saved_bytes(model, lambda: model(**batch()).loss)

@@ -379,6 +379,24 @@ def test_compiles_to_one_graph():
     close(blocks.grad, expected, torch.float32)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_output_may_be_changed_in_place(with_bias):
+    """As models with activations in place do. With a bias the output is a view of a sum."""
+    index = BlockIndex.from_pairs(BlockGrid(8, 8, 4), [(0, 1)])
+    x, weight, blocks = torch.randn(2, 3, 8), torch.randn(8, 8), torch.randn(1, 4, 4, requires_grad=True)
+    bias = torch.randn(8) if with_bias else None
+    torch.relu_(block_linear(x, weight, bias, blocks, index)).sum().backward()
+    grad_y = (F.linear(x, weight, bias) > 0).float()
+    torch.testing.assert_close(blocks.grad, block_grad_reference(grad_y, x, index))
+
+
+@pytest.mark.parametrize(("y", "x"), [((3, 4), (3, 8)), ((3, 8), (3, 4))])
+def test_additive_refuses_a_part_of_a_layer(y, x):
+    index = BlockIndex.from_pairs(BlockGrid(8, 8, 4), [(1, 1)])
+    with pytest.raises(smtune.InputError, match=r"x \(\.\.\., 8\) and y \(\.\.\., 8\).*tensor parallelism"):
+        additive_block_linear(torch.zeros(y), torch.zeros(x), torch.zeros(1, 4, 4), index)
+
+
 def test_inputs_without_leading_dims_and_without_tokens():
     x, weight, blocks, index = layer_case()
     bias = torch.zeros(512, requires_grad=True)

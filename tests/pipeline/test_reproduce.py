@@ -81,7 +81,7 @@ def test_a_cut_of_everything_runs_from_an_empty_cache(output, name):
 
 def test_an_incomplete_table_says_what_is_missing(output):
     page = (output / "trial" / "study-methods.md").read_text(encoding="utf-8")
-    expected = sum(arm.n_cells for arm in Request(["study"], Setting("mini")).arms(load_experiment("study-methods")))
+    expected = sum(arm.n_cells for arm in Request(Setting("mini")).arms(load_experiment("study-methods")))
     assert expected > 100
     there = int(re.search(r"\*\*incomplete: (\d+) of " + str(expected) + " cells", page)[1])
     assert 2 <= there < 10
@@ -146,7 +146,7 @@ def test_a_cell_run_again_gives_the_same_bits(output, capsys):
 def test_a_failing_cell_is_told_and_tried_again(cache, tmp_path, monkeypatch):
     from smtune.reproduce import work
 
-    request = Request(["figure4"], Setting("mini", steps=2, items=3))
+    request = Request(Setting("mini", steps=2, items=3))
     lines = []
     with monkeypatch.context() as patch:
         patch.setitem(work.KINDS, "select", lambda *_: 1 / 0)
@@ -162,7 +162,7 @@ def test_the_other_seeds_run_at_the_best_rate_of_the_first(cache, tmp_path):
     """Two rates and two seeds: three cells, of which the last follows from the first two."""
     row = declared.Row(label="LoRA", method="lora", learning_rates=[1e-3, 1e-2])
     experiment = declared.Experiment(name="small", title="small", layout="accuracy", rows={"embedded": [row]})
-    request = Request(["small"], Setting("mini", steps=2, items=3), seeds=[3, 4])
+    request = Request(Setting("mini", steps=2, items=3), seeds=[3, 4])
     (arm,) = request.arms(experiment)
     assert arm.n_cells == 3
     store = Store(tmp_path)
@@ -185,7 +185,7 @@ def test_the_other_seeds_run_at_the_best_rate_of_the_first(cache, tmp_path):
 
 
 def test_experiments_share_cells(cache):
-    request = Request(["table2", "table3"], Setting("mini"))
+    request = Request(Setting("mini"))
     ids = [
         {cell.id for arm in request.arms(load_experiment(name)) for cell in arm.sweep()}
         for name in ("table2", "table3")
@@ -195,10 +195,10 @@ def test_experiments_share_cells(cache):
 
 
 def test_what_a_cell_is_named_by(cache):
-    (base, *_) = Request(["table6"], Setting("mini")).arms(load_experiment("table6"))
+    (base, *_) = Request(Setting("mini")).arms(load_experiment("table6"))
     cell = base.sweep()[0]
     for changed in (Setting("mini", steps=5), Setting("mini", items=7)):
-        (other, *_) = Request(["table6"], changed).arms(load_experiment("table6"))
+        (other, *_) = Request(changed).arms(load_experiment("table6"))
         assert other.sweep()[0].id != cell.id
     assert base.cell(1.0, 0).id != base.cell(1.0, 1).id != base.cell(2.0, 1).id
 

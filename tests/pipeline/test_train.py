@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from runs import STEPS, Stop, StopAt, same, trained_tensors, untimed
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -29,9 +31,11 @@ from smtune.data import prepare
 from smtune.evaluation import answer_loss
 from smtune.models import load_model, load_tokenizer
 from smtune.training import callbacks, dry_run, load_config, lock, read_metrics, run, select_plan, train, trainer
+from smtune.training.data import load_data
 from smtune.training.folder import COMPLETE, RunFolder
 from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
+from smtune.training.result import rename_base
 from tiny_base import sums, write_lines
 
 METHODS = ["smt", "lora", "dora", "full"]
@@ -166,7 +170,7 @@ def test_rows_held_out(configure, quiet, method):
     whole = train(config, console=quiet, callbacks=[seen])
     folder = RunFolder(config.output)
     data = json.loads(folder.data.read_text())
-    assert data["n_examples"] == 24
+    assert data["n_examples"] == 24 - 5
     losses = {event["step"]: event["eval_loss"] for event in read_metrics(folder.metrics) if "eval_loss" in event}
     assert [*losses] == [4, 8, 10]  # two epochs of five steps
     assert (whole.steps, whole.eval_loss) == (10, losses[10])
@@ -199,6 +203,28 @@ def test_a_file_of_rows_held_out(configure, quiet, tmp_path, base):
     write_lines(file, sums(7)[:4])
     with pytest.raises(InputError, match="held-out.jsonl"):
         train(config, resume=True, console=quiet)
+
+
+def test_pieces_of_a_text_are_not_held_out_from_each_other(configure, tmp_path):
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": letter * 50} for letter in "abcdef"])
+    data = load_data(
+        configure(f"data.train={texts}", "data.validation=2", "data.max_length=16", method="lora").resolved()
+    )
+    trained, held_out = (
+        {letter for row in rows["input_ids"] for letter in data.tokenizer.decode(row, skip_special_tokens=True)}
+        for rows in (data.rows, data.held_out)
+    )
+    assert (len(trained), len(held_out)) == (4, 2)
+    assert not trained & held_out
+    assert len(data.held_out) > 2
+
+
+def test_a_constant_rate_comes_after_the_warm_up(configure, quiet):
+    options = ["training.schedule=constant", "training.warmup_steps=4", "training.warmup_ratio=null"]
+    config = configure(*options, "training.learning_rate=0.01", "training.logging_steps=1", method="lora")
+    train(config, console=quiet)
+    rates = [event["learning_rate"] for event in read_metrics(RunFolder(config.output).metrics) if "loss" in event]
+    assert rates == pytest.approx([0, 0.0025, 0.005, 0.0075, *[0.01] * (STEPS - 4)])
 
 
 def test_not_all_rows_can_be_held_out(configure):
@@ -334,9 +360,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(configure, quiet
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
     with locked(folder.path):
         for resume in (False, True):
-            with pytest.raises(
-                InputError, match=rf"Another process \(pid {os.getpid()}\) is training in {folder.path}"
-            ):
+            with pytest.raises(InputError, match=rf"One \(pid {os.getpid()}\) is at work in {folder.path}"):
                 train(config, resume=resume, console=quiet)
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
     train(config, resume=True, console=quiet)
@@ -378,6 +402,19 @@ def test_resume_of_a_plan_whose_file_is_gone(configure, quiet, tmp_path):
     given.unlink()
     assert dry_run(config, resume=True).blocks
     assert train(config, resume=True, console=quiet).steps == STEPS
+
+
+def test_a_base_with_other_weights_is_another_run(configure, quiet, base, tmp_path):
+    own = shutil.copytree(base, tmp_path / "own")
+    config = configure(f"model={own}", method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(4)])
+    tensors = load_file(own / "model.safetensors")
+    next(iter(tensors.values()))[0] += 1
+    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+    for start in (dry_run, partial(train, console=quiet)):
+        with pytest.raises(InputError, match=r"run was started with, own \(\w+\)\. Got own \(\w+\): .* have changed"):
+            start(config, resume=True)
 
 
 def test_another_number_of_processes_is_another_run(configure, quiet):
@@ -743,6 +780,14 @@ def test_ordinary_use_prints_no_warning(configure):
     loud = ("kernels", "torchao", "_pytree.py")
     lines = [line for line in done.stderr.splitlines() if not any(word in line for word in loud)]
     assert all(line.startswith(("Data:", "Plan:", "Training ", "step ")) for line in lines), done.stderr
+
+
+def test_an_alias_stands_for_its_folder_whatever_the_folder_is_called(tmp_path):
+    here, file = "/home/j\u00fcrgen/.cache/smtune/it", tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"base_model_name_or_path": here, "plan": {"model_name": here}, "r": 8}))  # as peft does
+    rename_base(file, here, "smollm2-135m")
+    named = {"base_model_name_or_path": "smollm2-135m", "plan": {"model_name": "smollm2-135m"}, "r": 8}
+    assert json.loads(file.read_text()) == named
 
 
 def test_full_fine_tuning_saves_buffers_too(configure, quiet):

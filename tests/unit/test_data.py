@@ -165,6 +165,44 @@ def test_conversations_have_loss_on_every_assistant_turn_and_its_end(tokenizer):
     assert trained(tokenizer, row) == "".join(text if loss else "·" * length(text) for text, loss in expected)
 
 
+def test_a_conversation_is_tokenised_as_one_text(tokenizer):
+    """Of a tokenizer that begins every text with a space, as SentencePiece's, no turn gets one but the first."""
+    backend = tokenizer.backend_tokenizer
+    spaces = pre_tokenizers.Metaspace(replacement="_", prepend_scheme="always")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.Split("", "isolated")])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}" + (
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    row = prepare([chat(("user", "q"), ("assistant", "Yes"), ("user", "r"), ("assistant", "No"))], tokenizer)[0][0]
+    assert tokens(tokenizer, row).replace(" ", "") == "_u:q;a:Yes;u:r;a:No;"
+    assert trained(tokenizer, row).replace(" ", "") == "·" * 7 + "Yes;" + "·" * 6 + "No;"
+    assert tokens(tokenizer, prepare([pair("ab", "cd")], tokenizer)[0][0]).replace(" ", "") == f"_ab_cd{EOS}"
+
+
+def test_a_space_that_belongs_to_the_next_turns_token_is_not_lost(tokenizer):
+    """Byte-level tokenizers tell where the word starts, not the space before it, which the token holds as well."""
+    vocabulary = {"\u0120": 0, "Y": 1, ":": 2, "\u0120Y": 3, EOS: 4}
+    backend = Tokenizer(models.BPE(vocabulary, [("\u0120", "Y")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
+    spaced.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert spaced(": Y")["input_ids"] == [2, 3]
+    row = prepare([chat(("user", ": "), ("assistant", "Y"))], spaced)[0][0]
+    assert row["input_ids"] == [2, 0, 1]
+    assert row["labels"] == [-100, -100, 1]
+
+
+def test_a_token_in_two_turns_is_cut_where_the_answer_starts(tokenizer):
+    vocabulary = {"a": 0, "b": 1, "ab": 2, EOS: 3}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    whole = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
+    whole.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    row = prepare([chat(("user", "a"), ("assistant", "b"))], whole)[0][0]
+    assert row["input_ids"] == [0, 1]
+    assert row["labels"] == [-100, 1]
+
+
 def test_a_key_that_a_message_lacks_does_not_reach_the_template_as_null(tokenizer, tmp_path, monkeypatch):
     calling = chat(("user", "q"), ("assistant", "a"))
     calling["messages"][1]["tool_calls"] = [{"name": "f"}]
@@ -180,6 +218,26 @@ def test_a_key_that_a_message_lacks_does_not_reach_the_template_as_null(tokenize
     monkeypatch.setattr(tokenizer, "apply_chat_template", render)
     to_example(record, tokenizer)
     assert given == calling["messages"]
+
+
+def test_a_template_that_writes_the_date_gives_the_same_rows_on_any_day(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    row = prepare([chat(("user", "q"), ("assistant", "a"))], tokenizer)[0][0]
+    assert tokens(tokenizer, row).startswith("26 Jul 2024<|im_start|>")
+    tokenizer.chat_template = "\nIt is {% set day = strftime_now('%Y-%m-%d') %}{{ day }}." + CHATML
+    row = prepare([chat(("user", "q"), ("assistant", "a"))], tokenizer)[0][0]
+    assert tokens(tokenizer, row).startswith("\nIt is 2024-07-26.<|im_start|>")
+
+
+def test_answers_that_do_not_teach_to_stop_are_told_of(tokenizer):
+    rows = [chat(("user", "q"), ("assistant", "a")), chat(("user", "q" * 90), ("assistant", "a"))]
+    report = prepare(rows, tokenizer, max_length=60)[1]
+    assert report.n_endless == 0
+    assert "end-of-sequence" not in str(report)
+    tokenizer.eos_token = "<unk>"  # the template ends a turn by another
+    report = prepare(rows, tokenizer, max_length=60)[1]
+    assert (report.n_examples, report.n_dropped, report.n_endless) == (1, 1, 1)
+    assert "1 conversations of which no answer ends in the tokenizer's end-of-sequence token" in str(report)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):

@@ -53,6 +53,7 @@ def test_label_is_the_first_in_the_text(task, completion, expected):
         ("The answer is 1/4.", 0.25),
         ("The answer is 2 1/2 hours.", 2.5),
         ("The answer is 2 + 3 = 5.", 5.0),
+        ("The answer is 7 = 3 + 4.", 7.0),
         ("The answer is 10 / 4 = 2.5.", 2.5),
         ("The answer is x = 5.", 5.0),
         ("The answer is 1.5e3", 1500.0),

@@ -187,8 +187,8 @@ def test_an_interrupted_run_resumes_to_the_same_result(model, tokenizer, tmp_pat
         evaluate(model, tokenizer, items, out_dir=folder, progress=interrupt, **kwargs)
     path = folder / "items.jsonl"
     assert len(path.read_text().splitlines()) == 1 + 4
-    with path.open("a") as file:
-        file.write('{"key": "half a li')
+    with path.open("ab") as file:
+        file.write('{"key": "half a li\u2212'.encode()[:-1])  # within a character
 
     seen = []
     resumed = evaluate(model, tokenizer, items, out_dir=folder, progress=lambda done, _: seen.append(done), **kwargs)
@@ -241,6 +241,26 @@ def test_results_of_another_run_are_not_mixed_in(model, tokenizer, tmp_path, cha
     with pytest.raises(InputError, match=f"{named}.*Give another folder"):
         evaluate(model, tokenizer, letters_items(1), **{**kwargs, **change})
     assert (tmp_path / "items.jsonl").read_text() == before
+
+
+def test_results_of_other_questions_are_not_mixed_in(model, tokenizer, tmp_path):
+    """Such as the packaged items of a task, and then its whole file; or a file that was mended."""
+    kwargs = {"model_id": "tiny", "out_dir": tmp_path, "max_new_tokens": 4}
+    evaluate(model, tokenizer, number_items(3), **kwargs)
+    mended = [*number_items(2), Item(TASKS["gsm8k"], 2, "What is 2 and and?", "", "3")]
+    with pytest.raises(InputError, match="record 3 of gsm8k is not the same.*Give another folder"):
+        evaluate(NeverRun(model), tokenizer, mended, **kwargs)
+    assert len(evaluate(model, tokenizer, number_items(5)[2:], **kwargs).results) == 3  # others of the same file
+    assert len(load_run(tmp_path)[1]) == 5
+
+
+def test_an_item_that_two_processes_wrote_counts_once(model, tokenizer, tmp_path):
+    evaluate(model, tokenizer, number_items(3), model_id="tiny", out_dir=tmp_path, max_new_tokens=4)
+    path = tmp_path / "items.jsonl"
+    path.write_text(path.read_text() + path.read_text().split("\n", 1)[1])
+    results = load_run(tmp_path)[1]
+    assert len(results) == 3
+    assert compare(results, results)["gsm8k"].n == 3
 
 
 def test_the_same_weights_by_another_name_go_on(model, tokenizer, tmp_path):

@@ -59,7 +59,7 @@ class Made:
     def __init__(self, folder, tier="mini"):
         self.output, self.page = folder / "results/reproduce", folder / "docs/evidence.md"
         self.store = Store(self.output / tier / "cells")
-        self.request = Request([], Setting(tier))
+        self.request = Request(Setting(tier))
 
     def arms(self, experiment, label, family="math", budget=None):
         found = self.request.arms(load_experiment(experiment))

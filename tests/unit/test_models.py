@@ -202,6 +202,29 @@ def test_what_is_no_model(name, message):
             load(name)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError("You are trying to access a gated repo.\nMake sure to …\n401"),
+            "gated repo. Ask for access .*hf auth",
+        ),
+        (
+            ValueError("It contains custom code.\nPlease pass `trust_remote_code=True`"),
+            "code. smtune runs no code that",
+        ),
+        (ImportError("\n LlamaTokenizer requires SentencePiece\n"), "cannot be loaded: LlamaTokenizer requires Sent"),
+    ],
+)
+def test_what_cannot_be_loaded_yet(monkeypatch, base, error, message):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(InputError, match=message):
+        load_model(str(base))
+
+
 def test_folders_of_something_else(tmp_path):
     with pytest.raises(InputError, match="has neither config.json"):
         resolve(str(tmp_path))

@@ -65,7 +65,7 @@ def line(page, label):
 
 def test_verdicts(tmp_path):
     made = experiment(row("SMT"), row("LoRA", "lora"), row("DoRA", "dora"), row("full", "full"), row("SIFT", "sift"))
-    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
     for arm, right in zip(request.arms(made), (200, 200, 300, 204, 100)):
         save(store, arm.sweep()[0], right)
     page = page_of(made, request, store, tmp_path)
@@ -79,7 +79,7 @@ def test_verdicts(tmp_path):
 
 def test_a_difference_that_may_be_anything_is_undecided(tmp_path):
     made = experiment(row("SMT"), row("LoRA", "lora"))
-    request, store = Request(["made"], Setting("mini"), seeds=[0, 1]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0, 1]), Store(tmp_path)
     smt, lora = request.arms(made)
     for arm, counts in ((smt, (200, 204)), (lora, (160, 250))):
         for seed, right in enumerate(counts):
@@ -93,7 +93,7 @@ def test_a_difference_that_may_be_anything_is_undecided(tmp_path):
 
 def test_what_is_missing_stands_in_the_table(tmp_path):
     made = experiment(row("SMT"), row("LoRA", "lora"))
-    request, store = Request(["made"], Setting("mini"), seeds=[0, 1, 2]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0, 1, 2]), Store(tmp_path)
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     page = page_of(made, request, store, tmp_path)
     assert "| **incomplete: 1 of 6 cells** |" in page
@@ -105,7 +105,7 @@ def test_what_is_missing_stands_in_the_table(tmp_path):
 
 def test_a_trial_is_no_result(tmp_path):
     made = experiment(row("SMT"))
-    request, store = Request(["made"], Setting("mini", steps=2), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini", steps=2), seeds=[0]), Store(tmp_path)
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     page = page_of(made, request, store, tmp_path)
     assert "A trial, not a result: 2 of 200 steps" in page
@@ -114,7 +114,7 @@ def test_a_trial_is_no_result(tmp_path):
 
 def test_leaked_tests_are_marked_and_left_out_of_a_second_average(tmp_path):
     made = experiment(row("SMT"), families=["math"])
-    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
     cell = request.arms(made)[0].cell(1e-3, 0)
     save(store, cell, 200, tests=("AddSub", "SVAMP"), overlap=3)
     path = store.path(cell.id)  # all of AddSub right: it was seen
@@ -134,7 +134,7 @@ def test_the_average_over_tests_counts_a_seed_once(tmp_path, layout):
     """Seeds at 50, 60 and 70 % on each of eight tests: Student's 4.303 · 10 / √3 and a little of the items."""
     tests = [f"test {k}" for k in range(8)]
     made = experiment(row("SMT")).model_copy(update={"layout": layout})
-    request, store = Request(["made"], Setting("mini"), seeds=[0, 1, 2]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0, 1, 2]), Store(tmp_path)
     (arm,) = request.arms(made)
     for seed, right in enumerate((200, 240, 280)):
         save(store, arm.cell(1e-3, seed), right, tests=tests)
@@ -145,7 +145,7 @@ def test_the_average_over_tests_counts_a_seed_once(tmp_path, layout):
 
 def test_the_papers_numbers_stand_apart(tmp_path):
     made = experiment(row("SMT"), published=load_experiment("table2").published)
-    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     ours, theirs = page_of(made, request, store, tmp_path).split("## The paper's own numbers")
     assert "81.4" in theirs
@@ -155,7 +155,7 @@ def test_the_papers_numbers_stand_apart(tmp_path):
 
 def test_memory_claims_are_judged(tmp_path):
     made = load_experiment("memory")
-    request, store = Request(["memory"], Setting("paper")), Store(tmp_path)
+    request, store = Request(Setting("paper")), Store(tmp_path)
     assert {cell.config["recipe"]["batch_size"] for arm in request.arms(made) for cell in arm.sweep()} == {16}
     totals = {"Full fine-tuning": 100, "SMT": 25, "LoRA": 24}
     for arm in request.arms(made):
@@ -214,7 +214,7 @@ def test_data_of_a_folder(tmp_path, monkeypatch):
 
 def test_a_picture_says_how_many_cells_are_missing(tmp_path):
     made = experiment(row("SMT"), row("LoRA", method="lora"))
-    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
     arms = request.arms(made)
     save(store, arms[0].cell(arms[0].rates[0], 0), 200)
     expected = sum(arm.n_cells for arm in arms)
@@ -227,17 +227,17 @@ def test_a_picture_says_how_many_cells_are_missing(tmp_path):
 
 def test_a_page_of_a_stand_in_says_so(tmp_path):
     made = experiment(row("SMT"))
-    request, store = Request(["made"], Setting("smollm2"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("smollm2"), seeds=[0]), Store(tmp_path)
     save(store, request.arms(made)[0].cell(1e-3, 0), 200)
     assert "Trained and tested on *comparison* in place of *choice*" in page_of(made, request, store, tmp_path)
-    request = Request(["made"], Setting("mini"), seeds=[0])
+    request = Request(Setting("mini"), seeds=[0])
     assert "in place of" not in page_of(made, request, store, tmp_path)
 
 
 def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):
     pruned = {"seeds": 1, "learning_rates": {"default": [3e-3], "full": [1e-5]}}
     made = experiment(row("SMT"), Row(label="LoRA", method="lora"), Row(label="full", method="full"), pruned=pruned)
-    request, store = Request(["made"], Setting("mini")), Store(tmp_path)
+    request, store = Request(Setting("mini")), Store(tmp_path)
     for arm in request.arms(made):
         save(store, arm.sweep()[0], 200)
     page = page_of(made, request, store, tmp_path)
@@ -248,7 +248,7 @@ def test_a_pruned_page_names_the_rates_of_every_row(tmp_path):
 
 def test_a_page_that_is_not_pruned_names_the_rates_of_its_rows_too(tmp_path):
     made = experiment(row("SMT"), Row(label="LoRA", method="lora"))
-    request, store = Request(["made"], Setting("mini")), Store(tmp_path)
+    request, store = Request(Setting("mini")), Store(tmp_path)
     save(store, request.arms(made)[0].sweep()[0], 200)
     page = page_of(made, request, store, tmp_path)
     assert "Pruned" not in page
@@ -257,21 +257,21 @@ def test_a_page_that_is_not_pruned_names_the_rates_of_its_rows_too(tmp_path):
 
 def test_steps_of_a_rows_own_are_named(tmp_path):
     made = experiment(row("SMT", steps=178), row("LoRA", "lora"))
-    request, store = Request(["made"], Setting("mini")), Store(tmp_path)
+    request, store = Request(Setting("mini")), Store(tmp_path)
     save(store, request.arms(made)[0].sweep()[0], 200)
     assert "200 steps of 8 rows, but for the steps of SMT 178. Each arm" in page_of(made, request, store, tmp_path)
 
 
 def test_steps_of_rows_of_other_models_are_not_named(tmp_path):
     made = experiment(row("SMT"), row("fewer", steps=178, models=["mini"]))
-    request, store = Request(["made"], Setting("smollm2"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("smollm2"), seeds=[0]), Store(tmp_path)
     save(store, request.arms(made)[0].sweep()[0], 200)
     assert "60 steps of 4 rows. Each arm" in page_of(made, request, store, tmp_path)
 
 
 def test_seeds_are_counted_against_those_declared(tmp_path):
     made = experiment(row("SMT"), Row(label="untuned", method="base"))
-    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
     smt, untuned = request.arms(made)
     save(store, smt.cell(1e-3, 0), 200, finite=False)
     save(store, untuned.sweep()[0], 100)
@@ -285,7 +285,7 @@ def test_a_sweep_shows_loss_where_held_out_rows_have_no_answers(tmp_path, monkey
     drawn = []
     monkeypatch.setattr("smtune.reproduce.layouts.curves", lambda series, path, **words: drawn.append((series, words)))
     made = experiment(Row(label="SMT", method="smt", learning_rates=[1e-3, 1e-2]))
-    request, store = Request(["made"], Setting("mini"), seeds=[0]), Store(tmp_path)
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
     for cell, right, loss in zip(request.arms(made)[0].sweep(), (200, 100), (0.7, 0.9)):
         save(store, cell, right, validation={"correct": right if items else 0, "items": items}, validation_loss=loss)
     render(collect(made, request, store), tmp_path / "pages")

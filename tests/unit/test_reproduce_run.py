@@ -122,7 +122,7 @@ def test_training_rows_that_are_too_long_are_counted_and_said(monkeypatch):
     length = sorted(rows["length"])[len(rows) // 2]
     monkeypatch.setitem(vars(tier), "recipe", tier.recipe.model_copy(update={"max_length": length}))
     monkeypatch.setattr(work, "_rows", work._rows.__wrapped__)  # not those of another length
-    arm = next(arm for arm in Request([], setting).arms(load_experiment("study-plans")) if arm.family == "math")
+    arm = next(arm for arm in Request(setting).arms(load_experiment("study-plans")) if arm.family == "math")
     record = work.run_cell(arm.sweep()[0], setting).record
     n_dropped = sum(n > length for n in rows["length"])
     assert record["dropped_rows"] == n_dropped > 0

@@ -109,7 +109,7 @@ def test_a_trial_cuts_the_steps_of_a_rows_own_too():
     assert cut["Full fine-tuning, steps of equal time"]["steps"] == 138  # fewer already
     sizes = recipes(Setting("mini", steps=5), "study-sizes")
     assert {recipe["scoring_batches"] for recipe in sizes.values()} == {1, 5}
-    request = Request([], Setting("mini", steps=5))
+    request = Request(Setting("mini", steps=5))
     assert {each.steps for each in dry.estimate(request, "study-equal")} == {5}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 
 import pytest
@@ -208,32 +209,43 @@ def test_per_module_needs_a_block_each():
 COSTS = {"0.q_proj": 1.0, "0.v_proj": 1.0, "0.o_proj": 0.75, "1.q_proj": 0.5, "1.o_proj": 0.25}
 
 
-@given(
-    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=2), min_size=5, max_size=5),
-    st.integers(1, 5),
-    st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 1.0]),
-)
+block_scores = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=2), min_size=5, max_size=5)
+
+
+def best_total(given_scores, limit, affords):
+    """The highest score of all sets of blocks within the limit that are affordable, by trying each."""
+    blocks = [
+        (name, score) for name, row in given_scores.items() if COSTS[name] <= limit for score in row.flatten().tolist()
+    ]
+    plans = (plan for size in range(len(blocks) + 1) for plan in itertools.combinations(blocks, size))
+    return max(sum(score for _, score in plan) for plan in plans if affords([name for name, _ in plan]))
+
+
+@given(block_scores, st.integers(1, 5), st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 1.0]))
 def test_global_is_the_best_plan_within_both_budgets(values, count, limit):
     given_scores = {name: torch.tensor([row], dtype=torch.float32) for name, row in zip(COSTS, values)}
-    chosen = select(
-        given_scores,
-        block_size=4,
-        budget=count,
-        total_params=TOTAL,
-        backward_costs=COSTS,
-        max_backward_cost=limit,
-    )
+    arguments = {"block_size": 4, "total_params": TOTAL, "backward_costs": COSTS, "max_backward_cost": limit}
+    chosen = select(given_scores, budget=count, **arguments)
     assert sum(map(len, chosen.values())) <= count
     assert backward_cost(chosen, COSTS) <= limit
-
-    blocks = [(name, score) for name, row in zip(COSTS, values) for score in row]
-    best = max(
-        sum(score for _, score in plan)
-        for size in range(count + 1)
-        for plan in itertools.combinations(blocks, size)
-        if max((COSTS[name] for name, _ in plan), default=0.0) <= limit
-    )
+    best = best_total(given_scores, limit, lambda names: len(names) <= count)
     assert total_score(chosen, given_scores) == best
+
+
+@given(block_scores, st.integers(2, 6), st.sampled_from([0.5, 0.6, 0.75, 1.0]), st.sampled_from([0.25, 0.5, 0.6]))
+def test_shares_are_the_best_plan_within_all_three(values, count, limit, share):
+    given_scores = {name: torch.tensor([row], dtype=torch.float32) for name, row in zip(COSTS, values)}
+    arguments = {"block_size": 4, "total_params": TOTAL, "backward_costs": COSTS, "max_backward_cost": limit}
+    shares = {"q_proj": share, "o_proj": 1 - share}
+    afforded = {group: math.floor(part * count + 1e-9) for group, part in shares.items()}
+    chosen = select(given_scores, budget=count, policy="shares", shares=shares, **arguments)
+    assert backward_cost(chosen, COSTS) <= limit
+
+    def affords(names):
+        groups = [name.partition(".")[2] for name in names]
+        return all(groups.count(group) <= afforded.get(group, 0) for group in groups)
+
+    assert total_score(chosen, given_scores) == best_total(given_scores, limit, affords)
 
 
 @pytest.mark.parametrize("policy", ["global", "per_module", "shares", "sampled"])

@@ -12,13 +12,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,6 +64,13 @@ def step(arm: Arm, batch: Batch, update: bool = True) -> dict[str, float]:
     return {"forward": forward - start, "backward": backward - forward, "optimizer": end - backward}
 
 
+def seconds_of(device: torch.device, action: Callable[[], Any]) -> float:
+    """How long an action takes, until the device has done it."""
+    start = now(device)
+    action()
+    return now(device) - start
+
+
 # Counted ------------------------------------------------------------------------------------------------------------
 
 
@@ -77,22 +85,29 @@ def count_flops(arm: Arm, batch: Batch) -> dict[str, int]:
 
 
 def count_saved(arm: Arm, batch: Batch) -> int:
-    """Bytes handed to saved-tensor hooks in one forward: each storage once, parameters and buffers left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*arm.model.parameters(), *arm.model.buffers())}
-    own.update(tensor.untyped_storage().data_ptr() for tensor in arm.kept)
-    storages: dict[int, Any] = {}  # held, so that no address is given to a second one
+    """`saved_bytes` of the arm; what its method keeps for itself is left out too."""
+    return saved_bytes(arm.model, batch, arm.kept)
+
+
+def saved_bytes(model: nn.Module, batch: Batch, kept: Iterable[Tensor] = ()) -> int:
+    """Bytes handed to saved-tensor hooks in one forward: each storage once, parameters and buffers left out.
+
+    Storages are told apart by themselves and not by their address, which those of fake tensors lack.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *kept)}
+    storages: dict[int, Any] = {}  # held, so that none is made in another's place
 
     def pack(tensor: Tensor) -> None:
         parts = [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor]
         for storage in (part.untyped_storage() for part in parts):
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage
+            if storage._cdata not in own:
+                storages[storage._cdata] = storage
 
     def unpack(nothing: None) -> Tensor:
         raise AssertionError("there is no backward")
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        loss = arm.model(**batch).loss
+        loss = model(**batch).loss
     del loss
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -215,14 +230,9 @@ def adapter_life(arm: Arm, batch: Batch, repeats: int = 5) -> dict[str, Any] | N
     model: Any = arm.model
     if not arm.is_adapter:
         return None
-    device = device_of(arm)
+    seconds = partial(seconds_of, device_of(arm))
     first = model.active_adapter
     token = batch["input_ids"][:1, :1]
-
-    def seconds(action: Callable[[], Any]) -> float:
-        start = now(device)
-        action()
-        return now(device) - start
 
     def forward() -> None:
         with torch.no_grad():

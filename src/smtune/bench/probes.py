@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,10 +82,7 @@ def scoring(
         )
         return done
 
-    def seconds(action: Callable[[], Any]) -> float:
-        start = measure.now(device)
-        action()
-        return measure.now(device) - start
+    seconds = partial(measure.seconds_of, device)
 
     def flops(action: Callable[[], Any]) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -143,12 +141,7 @@ def kernels(
     places = torch.randperm(grid.n_blocks, generator=generator)[:blocks].sort().values.tolist()
     pairs = [divmod(place, grid.shape[1]) for place in places]
     grad_y_NO, x_NI = (torch.randn(tokens, features, generator=generator).to(where, DTYPES[dtype]) for _ in range(2))
-
-    def seconds(action: Callable[[], Any]) -> float:
-        start = measure.now(where)
-        action()
-        return measure.now(where) - start
-
+    seconds = partial(measure.seconds_of, where)
     share = blocks / grid.n_blocks
     found: dict[str, dict[str, Any]] = {
         name: {

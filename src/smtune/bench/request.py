@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smtune.bench import single, suites
 from smtune.bench.arms import load_rival
 from smtune.bench.machine import cores, describe
@@ -55,8 +57,6 @@ class Request:
 
 def check(request: Request, writable: Sequence[Path]) -> None:
     """Raises InputError that names every fault: unknown names, counts below one, places that cannot be written."""
-    import torch
-
     faults = [
         *_unknown("suite", request.suites, [*suites.SUITES, "all"]),
         *_unknown("dtype", request.dtypes, DTYPES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smtune.bench import machine
+from smtune.bench.measure import PHASES
 from smtune.bench.process import Child, ChildError
 from smtune.bench.results import Results
 from smtune.bench.run import WARMUPS, How, build, run_series
@@ -36,7 +37,7 @@ def run_table1(series: Series, results: Results, how: How) -> None:
             record |= {"label": case.name, "iterations": ITERATIONS, "error": str(error)}
         else:
             record |= built | {"iterations": ITERATIONS, "error": None}
-            record |= {f"{phase}_s": [step[phase] for step in steps] for phase in ("forward", "backward", "optimizer")}
+            record |= {f"{phase}_s": [step[phase] for step in steps] for phase in PHASES}
             record["trained_fraction"] = built["trained_params"] / built["total_params"]
         _keep(record | {"load": [before, machine.load()]}, results, how)
 

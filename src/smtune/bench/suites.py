@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from smtune.bench.arms import BUILDERS
 from smtune.bench.plans import paper_share
 from smtune.bench.subjects import find_subject
 
-ARMS = (
-    "floor control smt-0.43 smt-0.84 smt-1.26 smt-2.5 smt-3.73 smt-4.91 smt-additive smt-additive-4.91 lora lora-4.91 "
-    "lora-autocast lora-all dora dora-4.91 dora-autocast shira shira-4.91 supertuning supertuning-4.91 dense-v sift "
-    "appendix-a full full-autocast"
-).split()
+ARMS = list(BUILDERS)
 """The arms of a comparison, in the order of its table."""
 
 AUTOCAST = "-autocast"

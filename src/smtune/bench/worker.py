@@ -17,6 +17,14 @@ import sys
 import traceback
 from typing import Any, TextIO
 
+import torch
+
+from smtune.bench import arms, measure, probes
+from smtune.bench.plans import used_columns
+from smtune.bench.subjects import find_subject, same_weights
+from smtune.kernels.candidates import CANDIDATES
+from smtune.selection import Plan
+
 ALONE = "arm"
 """The name of an arm that has none."""
 
@@ -48,13 +56,6 @@ class Worker:
             name: of one among several, each on a model of its own that has the weights of the others'. None: the only
                 arm, so that nothing else keeps what its method replaces.
         """
-        import torch
-
-        from smtune.bench import arms, measure
-        from smtune.bench.plans import used_columns
-        from smtune.bench.subjects import find_subject, same_weights
-        from smtune.selection import Plan
-
         if threads is not None:
             torch.set_num_threads(threads)
         subject = find_subject(model)
@@ -97,16 +98,12 @@ class Worker:
 
     def step(self, name: str = ALONE, fresh_peak: bool = False) -> dict[str, Any]:
         """One step, timed. `fresh_peak`: the process's peak memory counts from here."""
-        from smtune.bench import measure
-
         if fresh_peak:
             self._peak_is_of_steps = measure.reset_peak_rss()
         return measure.step(self._arms[name], self._batch)
 
     def counts(self, name: str = ALONE, block_ops: bool = False) -> dict[str, Any]:
         """The process's peak since `fresh_peak`, then all that is counted."""
-        from smtune.bench import measure
-
         peak = measure.peak_rss_bytes()
         arm, batch = self._arms[name], self._batch
         counted = {
@@ -124,17 +121,10 @@ class Worker:
 
     def adapter(self, name: str = ALONE) -> dict[str, Any] | None:
         """The adapter's life, or None for what is no adapter."""
-        from smtune.bench import measure
-
         return measure.adapter_life(self._arms[name], self._batch)
 
     def scoring(self, model: str, dtype: str, tokens: int, device: str, threads: int, **how: Any) -> dict[str, Any]:
         """`probes.scoring` on a model of its own."""
-        import torch
-
-        from smtune.bench import probes
-        from smtune.bench.subjects import find_subject
-
         torch.set_num_threads(threads)
         subject = find_subject(model)
         base = subject.load(dtype, device)
@@ -142,26 +132,15 @@ class Worker:
 
     def candidates(self, dtype: str, device: str, threads: int) -> list[str]:
         """The kernels to compare; `widened` is `strided` where nothing needs to be."""
-        import torch
-
-        from smtune.kernels.candidates import CANDIDATES
-
         torch.set_num_threads(threads)
         return [name for name in CANDIDATES if name != "widened" or dtype != "float32"]
 
     def kernels(self, **how: Any) -> dict[str, dict[str, Any]]:
         """`probes.kernels`."""
-        from smtune.bench import probes
-
         return probes.kernels(**how)
 
     def plans(self, model: str, limits: list[float], threads: int) -> list[dict[str, Any]]:
         """`probes.plans` on a model of its own, in fp32."""
-        import torch
-
-        from smtune.bench import probes
-        from smtune.bench.subjects import find_subject
-
         torch.set_num_threads(threads)
         subject = find_subject(model)
         return probes.plans(subject.load("float32"), model, subject, limits)

@@ -29,7 +29,6 @@ from smtune.files import new_folder, not_writable
 from smtune.version import __version__
 
 if TYPE_CHECKING:
-    from smtune.evaluation import Evaluation
     from smtune.selection import Plan
 
 app = typer.Typer(
@@ -188,6 +187,7 @@ def _items(
     """The test items, all of them readable by the protocol."""
     from smtune.data import packaged_tests
     from smtune.evaluation import check, load_items, resolve_tasks
+    from smtune.evaluation.tasks import RECORDS_URL
 
     chosen = resolve_tasks(tasks)
     packaged = {path.stem for path in packaged_tests().glob("*.jsonl")}
@@ -195,8 +195,8 @@ def _items(
     if absent:
         raise InputError(
             f"Expected --source (evaluation.source in a configuration) for {', '.join(absent)}: the package carries "
-            f"test items of {', '.join(sorted(packaged))} only. `git clone "
-            "https://github.com/AGI-Edgerunners/LLM-Adapters` has all sets: give its folder `dataset`."
+            f"test items of {', '.join(sorted(packaged))} only. `git clone {RECORDS_URL}` has all sets: give its "
+            "folder `dataset`."
         )
     items = [item for task in chosen for item in load_items(task, source, limit)]
     check(items, protocol, beams=beams, backend=backend)
@@ -212,13 +212,14 @@ def _evaluate(
     output: Path | None,
     beams: int = 1,
     backend: str = "smtune",
-) -> Evaluation:
+) -> None:
     """Evaluate, print, keep every item's output."""
     from rich.progress import Progress
 
     from smtune.evaluation import check_folder, summary_table
     from smtune.evaluation import evaluate as evaluate_items
     from smtune.models import fingerprint, load_merged, load_tokenizer
+    from smtune.training.lock import locked
 
     if output is None:
         place = Path(model) if Path(model).is_dir() else Path("evaluations") / model.replace("/", "--")
@@ -228,8 +229,9 @@ def _evaluate(
         raise InputError(f"Expected --output to be a folder. {output} is a file.")
     _check_place(output / "summary.json", "--output")
     model_id = fingerprint(model)
-    check_folder(output, protocol=protocol, model_id=model_id, dtype=dtype, beams=beams, backend=backend)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    check_folder(output, items, protocol=protocol, model_id=model_id, dtype=dtype, beams=beams, backend=backend)
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with locked(output), progress as bar:
         task = bar.add_task("Evaluating", total=len(items))
         evaluation = evaluate_items(
             load_merged(model, dtype),
@@ -245,7 +247,6 @@ def _evaluate(
         )
     Console().print(summary_table(evaluation.summary))
     console.print(f"Every item's output and the summary: {output}")
-    return evaluation
 
 
 @app.command()

@@ -99,7 +99,7 @@ def reproduce(
             )
         names, request = _resumed(output, bool(experiments), names, scale, tier)
     else:
-        request = _request(names, chosen, data, steps, items, seeds, cells)
+        request = _request(chosen, data, steps, items, seeds, cells)
     if list_:
         _list(names, request, output)
     elif dry_run:
@@ -124,7 +124,6 @@ def _tier(scale: str | None, tier: str | None) -> str:
 
 
 def _request(
-    names: list[str],
     tier: str,
     data: Path | None,
     steps: int | None,
@@ -141,7 +140,7 @@ def _request(
     if words is not None and (not words or not all(word.isdecimal() for word in words)):
         raise InputError(f"Expected --seeds with whole numbers, such as 0,1,2. Got {seeds!r}.")
     setting = Setting(tier, None if data is None else str(data.resolve()), steps, items)
-    return Request(names, setting, None if words is None else list(dict.fromkeys(map(int, words))), cells)
+    return Request(setting, None if words is None else list(dict.fromkeys(map(int, words))), cells)
 
 
 def _resumed(
@@ -170,7 +169,7 @@ def _resumed(
             "another --output."
         )
     names = names if named else asked["experiments"]
-    return names, Request(names, Setting(**asked["setting"]), asked["seeds"], asked["max_cells"])
+    return names, Request(Setting(**asked["setting"]), asked["seeds"], asked["max_cells"])
 
 
 def _pretrain(steps: int | None, threads: int | None, say: Any) -> None:

@@ -3,9 +3,11 @@
     L  tokens of an example, B  examples of a batch.
 
 Segments are tokenised one by one and joined. The token border therefore falls exactly where the answer starts, as it
-does when a model generates after the prompt; tokenised as one string, a token could straddle it. The end-of-sequence
-token follows the answer and gets loss, or the model would not learn to stop; a begin-of-sequence token leads only if
-the tokenizer itself adds one. A chat template writes both, so nothing is added to a conversation.
+does when a model generates after the prompt; tokenised as one string, a token could straddle it. A conversation is
+tokenised as one string where none does, as it is when the model is asked: some tokenizers begin every string with a
+space, which would come to stand before every turn. The end-of-sequence token follows the answer and gets loss, or the
+model would not learn to stop; a begin-of-sequence token leads only if the tokenizer itself adds one. A chat template
+writes both, so nothing is added to a conversation.
 
 Labels are masked by position, never by id: for many models the padding token *is* the end-of-sequence token, whose
 label must stay. Imports torch, datasets and `smtune.errors` and, of this package, `formats` and `sources`.
@@ -14,9 +16,10 @@ label must stay. Imports torch, datasets and `smtune.errors` and, of this packag
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -48,6 +51,8 @@ class EncodingReport:
         n_dropped: examples left out because they are longer than `max_length`.
         n_prompt_truncated: those kept whose prompt lost its beginning. No answer is ever cut.
         n_split: plain texts cut into pieces; each piece counts as an example.
+        n_endless: conversations kept of which no answer holds the end-of-sequence token: their template ends a turn by
+            another.
         longest: tokens of the longest example, before anything was dropped or truncated.
         tokens: of all examples kept.
         answer_tokens: of their answers, with the token that ends each.
@@ -58,6 +63,7 @@ class EncodingReport:
     n_dropped: int
     n_prompt_truncated: int
     n_split: int
+    n_endless: int
     longest: int
     tokens: int
     answer_tokens: int
@@ -72,6 +78,11 @@ class EncodingReport:
             parts += [f"{self.n_prompt_truncated:,} with a truncated prompt"]
         if self.n_split:
             parts += [f"{self.n_split:,} texts split"]
+        if self.n_endless:
+            parts += [
+                f"{self.n_endless:,} conversations of which no answer ends in the tokenizer's end-of-sequence token "
+                "(generation has to be told of the token that ends a turn, or it will not stop)"
+            ]
         return "; ".join(parts)
 
 
@@ -129,7 +140,7 @@ def encode(
         raise InputError("Expected at least one example. Got none.")
     rows: list[tuple[list[int], list[bool]]] = []
     lengths: list[int] = []
-    n_dropped = n_truncated = n_split = 0
+    n_dropped = n_truncated = n_split = n_endless = 0
     for example, (ids, is_answer, n_bos) in zip(examples, _tokenise(examples, tokenizer)):
         lengths.append(len(ids))
         excess = len(ids) - max_length
@@ -152,6 +163,9 @@ def encode(
             n_truncated += 1
         else:
             n_dropped += 1
+            continue
+        if example.templated:
+            n_endless += not any(answer and token == tokenizer.eos_token_id for token, answer in zip(ids, is_answer))
 
     if not rows:
         raise InputError(
@@ -166,6 +180,7 @@ def encode(
         n_dropped=n_dropped,
         n_prompt_truncated=n_truncated,
         n_split=n_split,
+        n_endless=n_endless,
         longest=max(lengths),
         tokens=sum(columns["length"]),
         answer_tokens=sum(sum(is_answer) for _, is_answer in rows),
@@ -187,6 +202,12 @@ def _check_options(max_length: int, train_on: str, on_long: str) -> None:
             )
 
 
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text: its begin-of-sequence token, or nothing."""
+    first = tokenizer("")["input_ids"][:1]
+    return list(first) if first == [tokenizer.bos_token_id] else []  # type: ignore[arg-type]
+
+
 def _tokenise(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[bool], int]]:
@@ -194,35 +215,60 @@ def _tokenise(
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise InputError("Expected a tokenizer with an end-of-sequence token. Got none: set its eos_token.")
-    bos = tokenizer.bos_token_id
-    adds_bos = _ids(tokenizer, [""], add_special_tokens=True)[0][:1] == [bos]
-    pieces = iter(_ids(tokenizer, [segment.text for example in examples for segment in example.segments]))
-    for example in examples:
-        ids: list[int] = [bos] if isinstance(bos, int) and adds_bos and not example.templated else []
+    bos = leading_bos(tokenizer)
+    for example, pieces in zip(examples, _pieces(examples, tokenizer)):
+        ids = [] if example.templated else list(bos)
         is_answer = [False] * len(ids)
-        for segment in example.segments:
-            piece = next(pieces)
+        for segment, piece in zip(example.segments, pieces):
             ids += piece
             is_answer += [segment.is_answer] * len(piece)
         if not example.templated:
             ids.append(eos)
             is_answer.append(True)
         # A template writes its bos itself, and some begin every turn with it: only the tokenizer tells it apart.
-        yield ids, is_answer, int(adds_bos and ids[:1] == [bos])
+        yield ids, is_answer, len(bos) if ids[:1] == bos else 0
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
-    """Token ids of each text, never cut by a setting that came with the tokenizer."""
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        truncation=False,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return cast("list[list[int]]", encoded["input_ids"])
+def _pieces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
+    """Of each example the token ids of its segments."""
+    alone = iter(_ids(tokenizer, [segment.text for example in examples for segment in example.segments]))
+    conversations = [example for example in examples if example.templated and tokenizer.is_fast]
+    texts = ["".join(segment.text for segment in example.segments) for example in conversations]
+    encoded = _encoded(tokenizer, texts, return_offsets_mapping=True) if texts else {}
+    whole = iter(zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ())))
+    for example in examples:
+        pieces = [next(alone) for _ in example.segments]
+        if example.templated and tokenizer.is_fast:
+            ids, spans = next(whole)
+            pieces = _cut(ids, spans, [len(segment.text) for segment in example.segments]) or pieces
+        yield pieces
+
+
+def _cut(ids: list[int], spans: list[tuple[int, int]], lengths: Sequence[int]) -> list[list[int]] | None:
+    """Tokens of a text by the segments, of so many characters, that they lie in; None if one lies in two."""
+    ends = list(accumulate(lengths))
+    pieces: list[list[int]] = [[] for _ in lengths]
+    reached = 0
+    for token, (start, end) in zip(ids, spans):
+        start = min(start, reached)  # of a token that begins with a space some tokenizers tell where the word starts
+        k = min(bisect_right(ends, start), len(ends) - 1)
+        if end > ends[k]:
+            return None
+        pieces[k].append(token)
+        reached = max(reached, end)
+    return pieces
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text."""
+    return _encoded(tokenizer, texts)["input_ids"]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> dict[str, Any]:
+    """What the tokenizer makes of each text, never cut by a setting that came with it."""
+    options = {"add_special_tokens": False, "truncation": False, "padding": False} | options
+    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+    return cast("dict[str, Any]", encoded)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from smtune.errors import InputError, did_you_mean
@@ -231,6 +232,16 @@ def _fields(row: Mapping[str, Any]) -> str:
     return f"the fields {', '.join(names)}" if names else "no fields"
 
 
+TODAY = datetime(2024, 7, 26)
+"""The date for templates that write today's, or the same rows would be others on another day. Llama's own default."""
+_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "dmyYbBaAjHIMSp")
+    + " }}{% endmacro %}{{ '' }}"
+)
+"""Before a template: transformers' own `strftime_now` is this macro there; functions cannot be handed to one."""
+
+
 def to_example(record: Record, tokenizer: PreTrainedTokenizerBase | None = None) -> Example:
     """The text of a record; a conversation is rendered with the tokenizer's chat template.
 
@@ -289,7 +300,12 @@ def _render(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            chat_template=_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     except Exception as error:  # a template is a program and may raise anything
         raise InputError(
             f"Expected a conversation that the chat template can render at {record.where}. Got: {error}"

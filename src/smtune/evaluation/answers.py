@@ -30,7 +30,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-_OPERATOR = re.compile(r"\s*[-−+*×x÷/^=]")
+_OPERATOR = re.compile(r"\s*[-−+*×x÷/^]")
 
 # A letter right after "the answer is". A small one may be the article: it must be closed by punctuation.
 _STATED_LETTER = re.compile(

@@ -1,14 +1,13 @@
 """Results of an evaluation: kept item by item, summarised per task, compared between runs.
 
 A run's folder holds `items.jsonl` (a header that identifies the run, then a line per item as it comes) and
-`summary.json`. Imports `tasks`, `answers` and `statistics`, and rich for the tables.
+`summary.json`. Imports `tasks`, `answers`, `statistics` and `smtune.models`, and rich for the tables.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from smtune.errors import InputError
 from smtune.evaluation import statistics
 from smtune.evaluation.answers import Answer, is_correct
 from smtune.evaluation.statistics import Estimate, PairedDifference
-from smtune.evaluation.tasks import GROUPS, TASKS
+from smtune.evaluation.tasks import GROUPS, TASKS, Item
 from smtune.files import write_json, write_text
+from smtune.models import weights_of
 
 ITEMS_FILE = "items.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -93,7 +93,7 @@ def kept_results(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
         return []
     found, results = load_run(folder)
     differing = sorted(field for field in {*found, *run} if found.get(field) != run.get(field))
-    if "model" in differing and _weights(found.get("model")) == _weights(run.get("model")):
+    if "model" in differing and weights_of(found.get("model")) == weights_of(run.get("model")):
         differing.remove("model")
     if differing:
         differences = "; ".join(f"{field} {found.get(field)!r}, not {run.get(field)!r}" for field in differing)
@@ -104,10 +104,16 @@ def kept_results(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
     return results
 
 
-def _weights(model_id: Any) -> Any:
-    """The hash or revision that ends a fingerprint (`smtune.models`); all of a name that has none."""
-    found = re.search(r"\(([0-9a-f]{12,})\)$", str(model_id))
-    return found[1] if found else model_id
+def check_same_items(folder: Path, results: Iterable[ItemResult], items: Iterable[Item]) -> None:
+    """Raises InputError where the folder has results of other questions at the same places of a task's file."""
+    keys = {(item.task.name, item.index): item.key for item in items}
+    for result in results:
+        if keys.get((result.task, result.index), result.key) != result.key:
+            raise InputError(
+                f"Expected {folder} to hold results of these test items. Got those of others: record "
+                f"{result.index + 1} of {result.task} is not the same, so its file or --source is another. Give "
+                "another folder, or delete this one to start again."
+            )
 
 
 def append(folder: Path, results: Iterable[ItemResult]) -> None:
@@ -119,7 +125,7 @@ def append(folder: Path, results: Iterable[ItemResult]) -> None:
 
 
 def load_run(folder: str | Path) -> tuple[dict[str, Any], list[ItemResult]]:
-    """(run, results) of a folder: the header that identifies the run, and its items in the order they came.
+    """(run, results) of a folder: the header that identifies the run, and its items in the order they came, each once.
 
     Raises:
         InputError: not a run's folder, or one whose items cannot be read.
@@ -127,14 +133,15 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], list[ItemResult]]:
     path = Path(folder) / ITEMS_FILE
     if not path.is_file():
         raise InputError(f"Expected a folder with {ITEMS_FILE}, as an evaluation writes it. Got {folder}.")
-    # JSON lines end with "\n" alone: splitlines() would also cut at separators inside a completion.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    # JSON lines end with "\n" alone: splitlines() would also cut at separators inside a completion. What follows the
+    # last of them was left half-written, and may end within a character.
+    lines = path.read_bytes().split(b"\n")[:-1]
     try:
         rows = [json.loads(line) for line in lines]
         run, results = rows[0]["run"], [ItemResult(**row) for row in rows[1:]]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"Expected the results of an evaluation in {path}. Got {error}. Delete the folder.") from error
-    return run, results
+    return run, list({result.key: result for result in results}.values())
 
 
 def write_summary(folder: Path, summary: Summary) -> None:

@@ -3,7 +3,7 @@
 Two protocols. `generate` is LLM-Adapters': the Alpaca prompt of training, a completion (greedy, or by beam search), the
 answer read from it. `likelihood` picks the option whose text the model finds likeliest after the same prompt, so it
 needs no format to be learnt; `tasks.Choice` says what is scored, and `harness` scores it a second way. Imports the
-modules beside it, torch and transformers.
+modules beside it, `smtune.data.encoding`, torch and transformers.
 
 Shapes: B prompts in a batch, S sequences (one per option), T tokens of the longest, V vocabulary.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from smtune.data.encoding import leading_bos
 from smtune.errors import InputError, did_you_mean
 from smtune.evaluation import harness
 from smtune.evaluation import results as results_
@@ -82,12 +83,15 @@ def evaluate(
     run = _header(protocol, model_id, dtype, max_new_tokens, beams, backend)
     folder = Path(out_dir) if out_dir is not None else None
     kept = results_.resume(folder, run) if folder else []
+    if folder:
+        results_.check_same_items(folder, kept, items)
     done = {result.key: result for result in kept}
 
+    bos = leading_bos(tokenizer)
     if protocol == "generate":
-        requests = [_completion_request(item, tokenizer) for item in items if item.key not in done]
+        requests = [_completion_request(item, tokenizer, bos) for item in items if item.key not in done]
     else:
-        requests = [_choice_request(item, tokenizer) for item in items if item.key not in done]
+        requests = [_choice_request(item, tokenizer, bos) for item in items if item.key not in done]
     n_done = len(items) - len(requests)
     with _borrowed(model, tokenizer, beams):
         lm = harness.load(model, tokenizer, batch_size) if requests and backend == "lm-eval" else None
@@ -158,16 +162,18 @@ def check(
 
 def check_folder(
     out_dir: str | Path,
+    items: Sequence[Item],
     *,
     protocol: str,
     model_id: str,
     dtype: str,
-    max_new_tokens: int | None = None,
     beams: int = 1,
     backend: str = "smtune",
 ) -> None:
     """Raises InputError for a folder that `evaluate` would refuse, so that it can be known before a model is loaded."""
-    results_.kept_results(Path(out_dir), _header(protocol, model_id, dtype, max_new_tokens, beams, backend))
+    folder = Path(out_dir)
+    kept = results_.kept_results(folder, _header(protocol, model_id, dtype, None, beams, backend))
+    results_.check_same_items(folder, kept, items)
 
 
 def _header(
@@ -208,30 +214,26 @@ class _Request:
         return max(len(sequence.ids) for sequence in self.sequences)
 
 
-def _completion_request(item: Item, tokenizer: PreTrainedTokenizerBase) -> _Request:
-    ids = _prompt_ids(item.prompt, tokenizer)
+def _completion_request(item: Item, tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> _Request:
+    ids = bos + _ids(item.prompt, tokenizer)
     return _Request(item, [], [_Sequence(ids, len(ids))])
 
 
-def _choice_request(item: Item, tokenizer: PreTrainedTokenizerBase) -> _Request:
+def _choice_request(item: Item, tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> _Request:
     options = choices(item)
-    return _Request(item, options, [_choice_sequence(choice, tokenizer) for choice in options])
+    return _Request(item, options, [_choice_sequence(choice, tokenizer, bos) for choice in options])
 
 
-def _choice_sequence(choice: Choice, tokenizer: PreTrainedTokenizerBase) -> _Sequence:
-    prompt = _prompt_ids(choice.prompt, tokenizer)
-    opening = tokenizer(choice.opening, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(choice.opening + choice.scored, add_special_tokens=False)["input_ids"]
+def _choice_sequence(choice: Choice, tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> _Sequence:
+    prompt = bos + _ids(choice.prompt, tokenizer)
+    opening, answer = _ids(choice.opening, tokenizer), _ids(choice.opening + choice.scored, tokenizer)
     # A token that spans the border belongs to what is scored: that begins where the two first differ.
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(opening, answer))
     return _Sequence(prompt + answer, len(prompt) + sum(1 for _ in same))
 
 
-def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """As in training: the prompt by itself, after the begin-of-sequence token if the tokenizer puts one."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos: Any = tokenizer.bos_token_id
-    return [bos, *ids] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ids
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
 def _batches(requests: Sequence[_Request], batch_size: int) -> Iterator[list[_Request]]:

@@ -27,6 +27,7 @@ from smtune.selection import Plan
 DPI = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, the most legible on white first."""
+LINES = ("-", "--", ":", "-.")
 INK, GREY, FAINT = "#222222", "#666666", "#DDDDDD"
 # Starts at a tint that is clearly not white: white is a frozen matrix.
 SHADES = LinearSegmentedColormap.from_list("trained", ["#CBE8DC", "#4FB393", "#00734F", "#00382A"]).with_extremes(
@@ -116,6 +117,11 @@ def _draw_cells(
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def series_style(k: int) -> tuple[str, str]:
+    """Colour and line of the k-th series: past the last colour they come again with another line."""
+    return COLOURS[k % len(COLOURS)], LINES[k // len(COLOURS) % len(LINES)]
 
 
 def set_title(axes: Axes, title: str, subtitle: str = "") -> None:

@@ -12,10 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from smtune.evaluation.statistics import Estimate
-from smtune.maps.picture import COLOURS, INK, clean, new_figure, save, set_title
-
-LINES = ("-", "--", ":", "-.")
-"""More series than colours go through the colours again with the next of these."""
+from smtune.maps.picture import COLOURS, INK, clean, new_figure, save, series_style, set_title
 
 Points = Sequence[tuple[float, Estimate]]
 
@@ -37,7 +34,7 @@ def curves(
         points = sorted(points, key=lambda point: point[0])
         values = [estimate.value for _, estimate in points]
         reach = [[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]]
-        colour, line = COLOURS[k % len(COLOURS)], LINES[k // len(COLOURS) % len(LINES)]
+        colour, line = series_style(k)
         places = [place for place, _ in points]
         axes.errorbar(
             places, values, reach, fmt=f"o{line}", color=colour, label=label, markersize=4, elinewidth=0.8, capsize=2

@@ -18,13 +18,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from smtune.evaluation.statistics import Estimate
 from smtune.maps import layout
-from smtune.maps.picture import COLOURS, GREY, INK, block_map, clean, new_figure, save, set_title, totals
+from smtune.maps.picture import COLOURS, GREY, INK, block_map, clean, new_figure, save, series_style, set_title, totals
 from smtune.selection import Plan
 
 __all__ = ["accuracy_bars", "block_map", "loss_curve", "projection_shares"]
-
-LINES = ("-", "--", ":", "-.")
-"""More runs than colours go through the colours again with the next of these."""
 
 HELD_OUT: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "zorder": 3}
 
@@ -66,7 +63,7 @@ def loss_curve(
     axes = figure.subplots()
     held_out = False
     for k, (label, rows) in enumerate(runs.items()):
-        colour, line = COLOURS[k % len(COLOURS)], LINES[k // len(COLOURS) % len(LINES)]
+        colour, line = series_style(k)
         steps, losses = _series(rows, "loss")
         axes.plot(steps, losses, ".", color=colour, alpha=0.25, markersize=4, markeredgewidth=0)
         axes.plot(steps, _smooth(losses), line, color=colour, linewidth=1.6, label=label or "training, smoothed")

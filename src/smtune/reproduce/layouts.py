@@ -20,12 +20,12 @@ from smtune.evaluation.statistics import Estimate, accuracy_over_tests, differen
 from smtune.files import write_text
 from smtune.maps.layout import projections
 from smtune.report import block_map, projection_shares
-from smtune.report.benchmarks.markdown import table
 from smtune.report.curves import bars, curves
 from smtune.report.forest import dots
+from smtune.report.markdown import DASH, minus, table
 from smtune.reproduce.cells import UNBUDGETED, Arm, Record, budget_text
 from smtune.reproduce.declared import Experiment, Row, rates_text
-from smtune.reproduce.numbers import DASH, p_text, points
+from smtune.reproduce.numbers import p_text, points
 from smtune.reproduce.run import Request
 from smtune.reproduce.store import Store
 from smtune.selection import Plan
@@ -330,7 +330,7 @@ def _memory(result: Result) -> Table:
         row = [trained_share(records[0]), *[_gb(metrics[part]) for part in parts]]
         for total in ("total", "with_paper_dtypes"):
             ratio = metrics[total] / full[arm.model][total] - 1 if arm.model in full else None
-            row += [_gb(metrics[total]), DASH if ratio is None else f"{100 * ratio:+.0f} %".replace("-", "−")]
+            row += [_gb(metrics[total]), DASH if ratio is None else minus(f"{100 * ratio:+.0f} %")]
         return row
 
     return _rows(result, heads, values)

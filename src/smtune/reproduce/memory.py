@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from smtune.bench.arms import LINEARS
 from smtune.bench.floor import end_backward_at
+from smtune.bench.measure import saved_bytes
 from smtune.bench.plans import used_columns
 from smtune.bench.subjects import attention_inputs
 from smtune.models import DTYPES
@@ -120,30 +121,11 @@ def _with_blocks(layer: Mapping[str, nn.Module], plan: Plan) -> list[nn.Module]:
 
 
 def _saved_bytes(model: nn.Module, rows: int, tokens: int) -> int:
-    """Bytes that a forward keeps for the backward, each storage once, parameters and buffers left out.
-
-    As `smtune.bench.measure.count_saved`, but by the storages themselves: without data none has an address.
-    """
-    mode = FakeTensorMode()
-    with mode:
+    """Bytes that a forward keeps for the backward, each storage once, parameters and buffers left out."""
+    with FakeTensorMode():
         _make_fake(model)
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        storages: dict[int, Any] = {}  # held, so that none is made in another's place
-
-        def pack(tensor: Tensor) -> None:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                storages[storage._cdata] = storage
-
-        def unpack(nothing: None) -> Tensor:
-            raise AssertionError("there is no backward")
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            loss = model(**batch).loss
-        del loss
-        return sum(storage.nbytes() for storage in storages.values())
+        return saved_bytes(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
 
 def _make_fake(model: nn.Module) -> None:

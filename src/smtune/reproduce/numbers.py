@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from smtune.evaluation.statistics import Estimate
-
-DASH = "–"
+from smtune.report.markdown import DASH, minus
 
 
 def points(estimate: Estimate) -> str:
@@ -24,14 +23,14 @@ def _signed(estimate: Estimate, digits: int) -> str:
         f"{round(each, digits) + 0.0:+.{digits}f}" if math.isfinite(each) else ""  # + 0.0: no minus before a zero
         for each in (estimate.value, estimate.low, estimate.high)
     )
-    return _minus(f"{value} ({low} to {high})" if low else f"{value} (one seed)")
+    return minus(f"{value} ({low} to {high})" if low else f"{value} (one seed)")
 
 
 def share(estimate: Estimate) -> str:
     """A share with its interval, in percent."""
     if not math.isfinite(estimate.low):
-        return _minus(f"{100 * estimate.value:.1f} %")
-    return _minus(f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})")
+        return minus(f"{100 * estimate.value:.1f} %")
+    return minus(f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})")
 
 
 def percent(value: float, digits: int = 3) -> str:
@@ -44,7 +43,3 @@ def p_text(value: float) -> str:
 
 def gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")

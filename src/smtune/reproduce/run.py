@@ -36,16 +36,14 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be reproduced.
+    """How something is to be reproduced.
 
     Attributes:
-        experiments: by name.
         setting: tier, data, cuts.
         seeds: None: the tier's.
         max_cells: of each experiment, at most; a cut.
     """
 
-    experiments: Sequence[str]
     setting: Setting
     seeds: Sequence[int] | None = None
     max_cells: int | None = None

@@ -17,6 +17,7 @@ from typing import Any
 from smtune.data import arithmetic, comparison, count_overlap, question_key, read_rows
 from smtune.errors import InputError
 from smtune.evaluation import TASKS, Item, Task, load_items, resolve_tasks
+from smtune.evaluation.tasks import RECORDS_URL
 from smtune.models import fingerprint
 from smtune.reproduce import mini
 from smtune.reproduce.cells import Record
@@ -201,8 +202,7 @@ def _rows(setting: Setting, source: str) -> list[Record]:
         return [dict(row) for row in read_rows(source)]
     if setting.data is None:
         raise InputError(
-            f"Expected --data with a folder that holds {source}. Got none: `git clone "
-            "https://github.com/AGI-Edgerunners/LLM-Adapters` has one."
+            f"Expected --data with a folder that holds {source}. Got none: `git clone {RECORDS_URL}` has one."
         )
     stem = Path(source).stem
     task = {"task": stem} if stem in TASKS else {}

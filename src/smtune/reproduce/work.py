@@ -46,25 +46,21 @@ class Outcome:
     items: list[Record]
 
 
-def run_cell(
-    cell: Cell, setting: Setting, device: str | None = None, on_step: OnStep = lambda step, steps: None
-) -> Outcome:
-    """Run a cell to its end.
+def run_cell(cell: Cell, setting: Setting, on_step: OnStep = lambda step, steps: None) -> Outcome:
+    """Run a cell to its end, on the accelerator where there is one.
 
     Args:
         cell: any of the setting's tier.
-        device: None: the accelerator where there is one.
         on_step: called with (steps done, steps in all).
     """
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = str(accelerator or "cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
     started = time.perf_counter()
     config = resolved(cell.config)
     set_seed(config["seed"])
-    outcome = KINDS[config["kind"]](config, setting, torch.device(device), on_step)
+    outcome = KINDS[config["kind"]](config, setting, device, on_step)
     outcome.record["measured"]["seconds"] = round(time.perf_counter() - started, 2)
-    record = {"environment": describe_environment(torch.device(device), cell.config["seed"]), **outcome.record}
+    record = {"environment": describe_environment(device, cell.config["seed"]), **outcome.record}
     if config["kind"] != "memory" and config["method"] != "base":
         record["dropped_rows"] = _dropped_rows(config, setting)
     return Outcome(record, outcome.items)

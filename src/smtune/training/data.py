@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from smtune.data import Collator, encode, read_records, to_example
+from smtune.data import Collator, Record, encode, read_records, to_example
 from smtune.errors import InputError
 from smtune.models import load_tokenizer
 from smtune.training.config import TrainConfig
@@ -58,9 +59,13 @@ def load_data(config: TrainConfig) -> TrainingData:
     data, seed = config.data, config.training.seed
     # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
     records = read_records(data.train, format=data.format, limit=data.limit, seed=seed)
-    held_out_records = None
+    held_out_records, held_out_sources = None, data.validation
     if isinstance(data.validation, (str, list)):
         held_out_records = read_records(data.validation, format=data.format)
+    elif isinstance(data.validation, int):
+        # Records and not rows: pieces of one long text stay together.
+        records, held_out_records = _split(records, data.validation, seed)
+        held_out_sources = data.train
     tokenizer = load_tokenizer(config.model)
 
     encoded = partial(
@@ -70,20 +75,24 @@ def load_data(config: TrainConfig) -> TrainingData:
     held_out, summary = None, str(report)
     record = {"sources": _digests(data.train), **dataclasses.asdict(report)}
     if held_out_records is not None:
-        held_out, held_out_report = encoded([to_example(record, tokenizer) for record in held_out_records])
+        try:
+            held_out, held_out_report = encoded([to_example(record, tokenizer) for record in held_out_records])
+        except InputError as error:
+            raise InputError(f"data.validation: {error}") from error
         summary += f". Held out: {held_out_report}"
-        record["validation"] = {"sources": _digests(data.validation), "rows_sha256": _rows_sha256(held_out)}
-    elif isinstance(data.validation, int):
-        if data.validation >= len(rows):
-            raise InputError(
-                f"data.validation: expected fewer rows than there are to train on. Got {data.validation} of "
-                f"{len(rows)}: keep fewer, or name a file of others."
-            )
-        chosen = set(random.Random(seed).sample(range(len(rows)), data.validation))
-        held_out = rows.select(sorted(chosen))
-        rows = rows.select([k for k in range(len(rows)) if k not in chosen])
-        summary += f". Held out: {data.validation:,} of them"
+        record["validation"] = {"sources": _digests(held_out_sources), "rows_sha256": _rows_sha256(held_out)}
     return TrainingData(tokenizer, rows, held_out, record | {"rows_sha256": _rows_sha256(rows)}, summary)
+
+
+def _split(records: Sequence[Record], n_held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """The records to train on, and so many drawn by the seed to hold out, both in their order."""
+    if n_held_out >= len(records):
+        raise InputError(
+            f"data.validation: expected fewer rows than there are to train on. Got {n_held_out} of {len(records)}: "
+            "keep fewer, or name a file of others."
+        )
+    chosen = set(random.Random(seed).sample(range(len(records)), n_held_out))
+    return [r for k, r in enumerate(records) if k not in chosen], [r for k, r in enumerate(records) if k in chosen]
 
 
 def check_same_data(folder: RunFolder, data: TrainingData) -> None:
@@ -97,9 +106,10 @@ def check_same_data(folder: RunFolder, data: TrainingData) -> None:
     for old, new in pairs:
         if old["rows_sha256"] != new["rows_sha256"]:
             changed = [source for source, digest in new["sources"].items() if old["sources"].get(source) != digest]
+            remedy = "restore them" if changed else "the files are the same, so use the smtune that began it"
             raise InputError(
                 f"Expected the data that {folder.path} was started with. Got other rows from "
-                f"{', '.join(changed or new['sources'])}: restore them, or choose another output."
+                f"{', '.join(changed or new['sources'])}: {remedy}, or choose another output."
             )
 
 

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder, by a lock that the system releases however the process ends.
+"""One process at a time in the folder of a run or an evaluation, by a lock that the system releases when it ends.
 
 Imports `smtune.errors`.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 from smtune.errors import InputError
 
 LOCK = ".lock"
-"""Stands in the folder while a process trains there, and holds its pid. A killed one leaves the file, but no lock."""
+"""Stands in the folder while a process writes there, and holds its pid. A killed one leaves the file, but no lock."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder, which is made if need be; afterwards an empty one is removed again.
+    """Keep other processes out of a folder, which is made if need be; afterwards an empty one is removed again.
 
     Where the file system knows no locks, nobody is kept out.
 
@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while the lock is held: who comes next makes a file of its own
         os.close(handle)
-        with suppress(OSError):  # not empty: a run
+        with suppress(OSError):  # not empty: something was written
             for empty in made:
                 empty.rmdir()
 
@@ -55,8 +55,8 @@ def _take(path: Path) -> int:
             pid = os.read(handle, 20).decode() or "unknown"
             os.close(handle)
             raise InputError(
-                f"Expected a folder in which nobody trains. Another process (pid {pid}) is training in {path.parent}: "
-                "wait for it or stop it, or choose another output."
+                f"Expected a folder that no other process writes to. One (pid {pid}) is at work in {path.parent}: wait "
+                "for it or stop it, or choose another output."
             ) from None
         except OSError:
             pass  # no locks on this file system

@@ -7,6 +7,7 @@ Imports transformers, `smtune.models`, `smtune.sharded`, the tuner and, of this 
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, Trainer
 
 import smtune
-from smtune.files import write_text
+from smtune.files import write_json, write_text
 from smtune.models import ALIASES, portable_name, quiet, resolve
 from smtune.sharded import trained_state_dict
 from smtune.training.config import TrainConfig
@@ -85,7 +86,7 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         anywhere = portable_name(config.model) if config.model in ALIASES else here
         file = path / "adapter_config.json"
         if file.is_file():
-            file.write_text(file.read_text(encoding="utf-8").replace(here, anywhere), encoding="utf-8")
+            rename_base(file, here, anywhere)
             write_text(path / "README.md", _model_card(config, trainer.state.global_step))
             if config.method == "smt":
                 saved: Any = smtune.SMTConfig.from_pretrained(str(path))
@@ -93,6 +94,15 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: TrainConf
 
     if PartialState().is_main_process:
         write_folder(folder.trained(config), fill)
+
+
+def rename_base(file: Path, here: str, anywhere: str) -> None:
+    """Name the base model `anywhere` in an adapter's configuration, in which its plan may name it as well."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for holder, key in ((values, "base_model_name_or_path"), (values.get("plan") or {}, "model_name")):
+        if holder.get(key) == here:
+            holder[key] = anywhere
+    write_json(file, values)
 
 
 def save_model(model: Any, path: Path, state: dict[str, Any] | None = None) -> None:

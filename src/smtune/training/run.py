@@ -28,7 +28,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 import smtune
 from smtune.errors import InputError
 from smtune.files import write_json, write_text
-from smtune.models import identity, portable_name, skeleton
+from smtune.models import fingerprint, identity, portable_name, skeleton, weights_of
 from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
@@ -166,6 +166,9 @@ def _train(
     """`train` in a folder that may be written, and in which no other process is."""
     is_main = PartialState().is_main_process
     checkpoint = _from_main(folder.last_checkpoint(partial(_say, console)) if is_main else None)
+    fault = _from_main(_other_base(folder, config) if is_main else None)
+    if fault is not None:
+        raise InputError(fault)
     data = load_data(config)
     check_same_data(folder, data)
     _say(console, f"Data: {data.summary}")
@@ -282,7 +285,12 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
         check_scoring(config)
+    fault = None if folder.is_finished else _other_base(folder, config)
+    if fault is not None:
+        raise InputError(fault)
     data = load_data(config)
+    if not folder.is_finished:
+        check_same_data(folder, data)
     foreseen = foresee(config, kept)
     blocks, n_scoring, plan = "", 0, foreseen.plan
     if plan is not None:
@@ -370,6 +378,19 @@ def _say_step(console: Console, config: TrainConfig, step: int, loss: float) -> 
 
 
 # Folder and processes -------------------------------------------------------------------------------------------------
+
+
+def _other_base(folder: RunFolder, config: TrainConfig) -> str | None:
+    """What is wrong if the folder holds the work of a run on a base of that name with other weights; else None."""
+    if not (folder.holds_work and folder.environment.is_file()):
+        return None
+    before, now = read_record(folder.environment).get("model", {}).get("weights"), fingerprint(config.model)
+    if before is None or weights_of(before) == weights_of(now):
+        return None
+    return (
+        f"Expected the base model that {folder.path} was started with, {before}. Got {now}: its files or its revision "
+        f"are others. Restore them, or choose another output; if only their dates are, delete {folder.environment}."
+    )
 
 
 def _write_start(

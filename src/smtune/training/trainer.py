@@ -162,6 +162,10 @@ def check_trackers(config: TrainConfig) -> None:
         raise InputError(f"training.report_to: expected {', '.join(options)}. Got {name!r}.{hint}")
 
 
+SCHEDULES = {"constant": "constant_with_warmup"}
+"""transformers' names of schedules where they differ; its own "constant" leaves the warm-up out."""
+
+
 def training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArguments:
     training = config.training
     assert training.learning_rate is not None  # decided by `TrainConfig.resolved`
@@ -182,7 +186,7 @@ def training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgume
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         warmup_steps=warmup,  # below 1: a fraction of all steps
-        lr_scheduler_type=training.schedule,
+        lr_scheduler_type=SCHEDULES.get(training.schedule, training.schedule),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         deepspeed=_read_engine_file(training.deepspeed) if isinstance(training.deepspeed, str) else training.deepspeed,

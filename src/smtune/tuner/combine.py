@@ -74,7 +74,7 @@ def hotswap_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str
         adapter_name: the adapter to replace.
         kwargs: `subfolder`, `revision`, `token`, … as for `peft.PeftModel.from_pretrained`.
     Raises:
-        InputError: no such adapter; it is merged; it or the saved one has modules to save or trainable tokens; the
+        InputError: no such adapter; one is merged; it or the saved one has modules to save or trainable tokens; the
             saved one is no SMT adapter, does not fit the model, has another block size than other adapters of its
             layers, or its weights are not those of its plan.
     """
@@ -84,8 +84,9 @@ def hotswap_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str
         raise InputError(_unknown(adapter_name, configs))
     _check_blocks_only(tuner, adapter_name, "a hot-swap")
     old = {name: layer for name, layer in _layers(tuner.model).items() if adapter_name in layer.smt_blocks}
-    if any(adapter_name in layer.merged_adapters for layer in old.values()):
-        raise InputError(f"Expected an adapter that is not merged. {adapter_name!r} is: call `unmerge_adapter` first.")
+    merged = {name: None for layer in _layers(tuner.model).values() for name in layer.merged_adapters}
+    if merged:
+        raise InputError(f"Expected no adapter that is merged. Got {', '.join(merged)}: call `unmerge_adapter` first.")
     config = PeftConfig.from_pretrained(os.fspath(path), **kwargs)
     if not isinstance(config, SMTConfig) or config.plan is None:
         raise InputError(f"Expected an SMT adapter with its plan at {os.fspath(path)}. Got one of {config.peft_type}.")

@@ -20,6 +20,7 @@ The weight of GPT-2's `Conv1D` is stored as (I, O). Blocks are cut from its (O, 
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ class Blocks(nn.Module):
     def become(self, other: Blocks) -> None:
         """Take over the places and values of as many other blocks."""
         self.places = other.places
-        self.weight.data.copy_(other.weight.data)
+        with torch.no_grad():  # and not through `.data`: a backward that comes too late is to see it
+            self.weight.copy_(other.weight)
         self.index.copy_(other.index)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
@@ -236,7 +238,8 @@ class SMTLinear(nn.Module, SMTLayer):
         if mode == "resident" and not can_be_resident:
             raise InputError(
                 f"Expected a plain nn.Linear or Conv1D with a dense floating weight for resident mode. Got "
-                f'{type(base_layer).__name__} at {name}: use mode="additive", or "auto".'
+                f'{type(base_layer).__name__} at {name}{_what_is_not_plain(base_layer)}: use mode="additive", or '
+                '"auto".'
             )
         is_whole = not is_sharded(getattr(base_layer, "weight", None))
         self.resident = (can_be_resident and is_whole and not is_shared) if mode == "auto" else mode == "resident"
@@ -276,6 +279,9 @@ class SMTLinear(nn.Module, SMTLayer):
         """Deltas for this layer, not yet an adapter of it."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if device is None:  # PEFT knows the names of some quantised weights only
+            kept = itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())
+            device = next((tensor.device for tensor in kept), None)
         if device is None or device.type == "meta":
             # The base is elsewhere. FSDP2 under Accelerate tells what is trained by its memory, so there must be some.
             device = torch.device("cpu")
@@ -433,6 +439,12 @@ class SMTLinear(nn.Module, SMTLayer):
             self._write_originals()
 
     def _write_originals(self) -> None:
+        if getattr(self.base_layer, "_is_replica", False):
+            raise InputError(
+                "Expected a process for each GPU. Got a replica of nn.DataParallel, out of which resident blocks "
+                "cannot be taken: launch with `torchrun` or `accelerate launch`, or show the process one GPU by "
+                "CUDA_VISIBLE_DEVICES."
+            )
         if _is_converted(self.base_layer):
             raise InputError(
                 f"Expected the weight of {self._name} as it was when its adapters were made. It has been quantised, "
@@ -469,7 +481,8 @@ class SMTLinear(nn.Module, SMTLayer):
         if adapters is None:
             self.restore()
             return self._hooked(base(x, *args, **kwargs), None)
-        total = adapters.total(self._deltas(adapters))
+        deltas = self._deltas(adapters)
+        total = adapters.total(deltas)
         learners = self._learners(adapters) if torch.is_grad_enabled() else None
         learning, trained = learners or adapters, total
         if learning is not adapters:
@@ -484,7 +497,7 @@ class SMTLinear(nn.Module, SMTLayer):
             return self._hooked(additive_block_linear(y, x, trained, index, take), None)
         self._stand(adapters, total)
         y = block_linear(x, base.weight, base.bias, trained, index, take, self._transposed)
-        return self._hooked(y, adapters, total)
+        return self._hooked(y, adapters, total, deltas)
 
     def _check_frozen(self) -> None:
         """Raises InputError for an unfrozen weight that has adapters: what it learned at the blocks would be undone."""
@@ -527,8 +540,8 @@ class SMTLinear(nn.Module, SMTLayer):
         return learners.keeping(shared.columns()), partial(shared.take, self, x)
 
     def learning(self) -> BlockIndex | None:
-        """The blocks that the next forward takes gradients for; None if there are none."""
-        adapters = None if self.disable_adapters or self.merged else self._adapters(self.active_adapters)
+        """The blocks that a forward of the active adapters takes gradients for; None if there are none."""
+        adapters = self._adapters(self.active_adapters)
         learners = None if adapters is None else self._learners(adapters)
         return None if learners is None else learners.index
 
@@ -549,20 +562,23 @@ class SMTLinear(nn.Module, SMTLayer):
         """l, the same for all adapters of a layer."""
         return self._places()[0].grid.block_size
 
-    def _hooked(self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None) -> Tensor:
+    def _hooked(
+        self, y: Tensor, adapters: _ActiveSet | None, total: Tensor | None = None, deltas: Sequence[Tensor] = ()
+    ) -> Tensor:
         """This layer's backward reads W: just before it, let the blocks of its forward's adapters stand there."""
         if not (y.requires_grad and self.resident):
             return y
         merged = [*self.merged_adapters]
-        known = None if torch.compiler.is_compiling() else total
-        version = None if known is None else known._version
+        known = [] if torch.compiler.is_compiling() else [(delta, delta._version) for delta in deltas]
 
         def before_backward(grad_y: Tensor) -> None:
-            was_unloaded = self._is_unloaded and total is not None
-            if was_unloaded or self.merged_adapters != merged or (known is not None and known._version != version):
+            is_gone = total is not None and (self._is_unloaded or not self._still_has(adapters))
+            is_changed = any(delta._version != version for delta, version in known)
+            if is_gone or is_changed or self.merged_adapters != merged:
                 raise RuntimeError(
                     f"Expected the blocks of {self._name} as they were in the forward. They were changed since, by an "
-                    "optimizer's step, a merge, an unmerge or an unload: run the backward first, or the forward again."
+                    "optimizer's step, a merge, an unmerge, an unload, or a deleted or swapped adapter: run the "
+                    "backward first, or the forward again."
                 )
             if self.merged or self._is_unloaded:
                 return
@@ -573,6 +589,13 @@ class SMTLinear(nn.Module, SMTLayer):
 
         y.register_hook(before_backward)
         return y
+
+    def _still_has(self, adapters: _ActiveSet | None) -> bool:
+        """Whether the adapters of a forward are there, with the blocks that they had."""
+        now = None if adapters is None else self._adapters(adapters.names)
+        if now is None or adapters is None:
+            return now is adapters
+        return now is adapters or (now.names == adapters.names and now.index.pairs == adapters.index.pairs)
 
     # Merging ----------------------------------------------------------------------------------------------------
 
@@ -618,7 +641,8 @@ class SMTLinear(nn.Module, SMTLayer):
                 "which would be changed too. Give it a copy of the weight before the adapter is made, and set "
                 "`tie_word_embeddings=False` in the model's configuration; or keep the adapter unmerged."
             )
-        if self.is_dense and not _is_here(self.base_layer.weight):
+        weight = getattr(self.base_layer, "weight", None)
+        if (is_sharded(weight) or self.is_dense) and not _is_here(weight):
             raise InputError(
                 f"Expected the whole weight to merge into. That of {self._name} is sharded or offloaded: save the "
                 "adapter, load it in one process, and merge there."
@@ -728,6 +752,13 @@ def _is_plain(layer: nn.Module) -> bool:
         and "parametrizations" not in layer._modules
         and all((getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks)
     )
+
+
+def _what_is_not_plain(layer: nn.Module) -> str:
+    """Why a layer that looks like `nn.Linear` is none, for a message; "" where its type or weight says it."""
+    if not is_dense(layer) or _is_plain(layer):
+        return ""
+    return ", with a forward that is hooked or replaced, as a device_map over several devices does"
 
 
 def _is_converted(layer: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -79,13 +80,17 @@ class SMTModel(BaseTuner):
                 "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
             )
         made, asked_size = config.__dict__.get("_made_here", (None, config.block_size))
-        if config.plan is made:  # None, or of an earlier use
+        if config.plan is None or config.plan is made:  # made: by an earlier use
             fresh = copy.copy(config)
             if made is not None and config.block_size == made["block_size"]:
                 fresh.block_size = asked_size
             fresh.plan, size = None, fresh.block_size
+            if any(isinstance(module, SMTLinear) and module.merged for module in model.modules()):
+                # As PEFT does when it sets the adapter; now, for a plan by the weights' own values is of the base's.
+                warnings.warn("An adapter cannot be added to a merged model. Unmerging the model first.", stacklevel=2)
+                self.unmerge_adapter()
             plan = make_plan(model, None, fresh).to_dict()
-            if plan != made:
+            if plan != made or config.plan is None:
                 config = config if made is None else fresh
                 config.plan, config.block_size = plan, plan["block_size"]
                 config.__dict__["_made_here"] = plan, size

@@ -107,7 +107,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
     for name, parameter in model.named_parameters():
         # A module to save computes in its own dtype, from what the base's compute in theirs.
         is_learned = is_of_adapter(name) and not (is_asked and ".modules_to_save." in name)
-        is_kept = has_adapters and (parameter.requires_grad or is_learned)
+        is_kept = is_learned or (has_adapters and parameter.requires_grad)
         if parameter.is_floating_point() and not is_kept:
             parameter.data = parameter.data.to(dtype)
     _forget_quantisation(model.get_base_model() if has_adapters else model)  # type: ignore[operator]

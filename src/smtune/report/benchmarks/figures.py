@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from smtune.evaluation.statistics import Estimate, accuracy
-from smtune.maps.picture import COLOURS, FAINT, GREY, INK, clean, new_figure, save, set_title
+from smtune.maps.picture import COLOURS, FAINT, GREY, INK, clean, new_figure, save, series_style, set_title
 from smtune.report.benchmarks import sweeps, words
 from smtune.report.benchmarks.records import (
     PARTS,
@@ -32,7 +32,6 @@ from smtune.report.benchmarks.records import (
     step_ratios,
 )
 from smtune.report.benchmarks.targets import STEP_TARGETS, STEP_TOKENS
-from smtune.report.figures import LINES
 
 CLOSE = 1.16
 """Up to here the right-hand panel of the step times reaches, where the arms close to the floor are told apart."""
@@ -209,7 +208,7 @@ def sweep(found: Sequence[sweeps.Series], path: Path) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         for k, series in enumerate(found):
-            _draw_series(axes, series, measure, COLOURS[k % len(COLOURS)], LINES[k // len(COLOURS) % len(LINES)])
+            _draw_series(axes, series, measure, *series_style(k))
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -11,7 +11,7 @@ from collections import Counter
 from smtune.bench.suites import ARMS, is_for
 from smtune.models import DTYPES
 from smtune.report.benchmarks import words
-from smtune.report.benchmarks.markdown import Pictures, bullets, prose, section, table, verdict
+from smtune.report.benchmarks.markdown import Pictures, verdict
 from smtune.report.benchmarks.paper_sections import claims_section, table1_section
 from smtune.report.benchmarks.question_sections import (
     cost_aware_section,
@@ -33,6 +33,7 @@ from smtune.report.benchmarks.records import (
 )
 from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, suite_section
 from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, PART, reasons, targets
+from smtune.report.markdown import DASH, bullets, prose, section, table
 
 KINDS = {
     "arm": "arms side by side",
@@ -74,15 +75,15 @@ def page(results: Record, pictures: Pictures) -> str:
 def _measured(results: Record) -> str:
     machine = results.get("machine") or {}
     features = f" ({', '.join(machine['features'])})" if machine.get("features") else ""
-    cores = f"{machine.get('cores', words.DASH)} cores, {machine.get('threads', words.DASH)} threads"
+    cores = f"{machine.get('cores', DASH)} cores, {machine.get('threads', DASH)} threads"
     packages = ("smtune", "torch", "transformers", "peft", "python")
     versions = ", ".join(f"{name} {machine[name]}" for name in packages if machine.get(name))
     memory = words.size(machine.get("memory_bytes"))
     rows = [
-        ("started", results.get("started", words.DASH)),
-        ("processor", f"{machine.get('cpu', words.DASH)}{features}, {cores}, {memory} of memory"),
+        ("started", results.get("started", DASH)),
+        ("processor", f"{machine.get('cpu', DASH)}{features}, {cores}, {memory} of memory"),
         ("GPU", machine.get("gpu") or "none"),
-        ("versions", versions or words.DASH),
+        ("versions", versions or DASH),
         ("timed", _timed(results)),
         *[("counted", text) for text in _counted(results)],
         ("how busy", _load(results)),
@@ -129,7 +130,7 @@ def _timed(results: Record) -> str:
         return prose(apart)
     numbers = {together: shared, apart: len(timed) - shared}
     said = [f"{prose(text)} ({number} of {len(timed)} records)" for text, number in numbers.items() if number]
-    return "; ".join(said) or words.DASH
+    return "; ".join(said) or DASH
 
 
 def _counted(results: Record) -> list[str]:

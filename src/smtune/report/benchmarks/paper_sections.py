@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from smtune.report.benchmarks import claims, words
-from smtune.report.benchmarks.markdown import prose, section, table, verdict
+from smtune.report.benchmarks.markdown import verdict
 from smtune.report.benchmarks.records import PARTS, Record, label, over
+from smtune.report.markdown import DASH, prose, section, table
 
 PAPER_TABLE_1 = {
     "full-cpuadam": (243.84, 1.0),
@@ -61,7 +62,7 @@ def _over_suites(values: Mapping[str, Mapping[str, float]], name: str) -> str:
     """The range of an arm's values over the suites."""
     found = [of[name] for of in values.values() if name in of]
     if not found:
-        return words.DASH
+        return DASH
     return " to ".join(dict.fromkeys(words.percent(value) for value in (min(found), max(found))))
 
 
@@ -88,6 +89,6 @@ def _table1(arms: Mapping[str, Record]) -> str:
         row.append(words.ratio(over(seconds, full)))
         row += [words.ratio(over(float(np.mean(record[f"{part}_s"])), full)) for part in PARTS]
         speedup, theirs = over(full, seconds), PAPER_TABLE_1.get(name)
-        row.append(f"{speedup:.2f}×" if speedup else words.DASH)
-        rows.append([*row, f"{theirs[1]:g}× ({theirs[0]} s)" if theirs else words.DASH])
+        row.append(f"{speedup:.2f}×" if speedup else DASH)
+        rows.append([*row, f"{theirs[1]:g}× ({theirs[0]} s)" if theirs else DASH])
     return table(("method", "trained", "step / full's", *PARTS, "speed-up", "the paper's"), rows)

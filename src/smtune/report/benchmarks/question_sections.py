@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from smtune.report.benchmarks import sweeps, words
-from smtune.report.benchmarks.markdown import Pictures, bullets, image, prose, section, table, verdict
+from smtune.report.benchmarks.markdown import Pictures, image, verdict
 from smtune.report.benchmarks.records import (
     Record,
     get,
@@ -30,6 +30,7 @@ from smtune.report.benchmarks.targets import (
     scoring_ratios,
     timed_apart,
 )
+from smtune.report.markdown import DASH, bullets, prose, section, table
 
 
 def growth_section(results: Record, pictures: Pictures) -> str:
@@ -40,11 +41,11 @@ def growth_section(results: Record, pictures: Pictures) -> str:
         for measure in [*series.measures, "floor"]:
             target = series.axis.targets.get(measure)
             exponent = words.exponent(sweeps.fit(series, measure))
-            shown = words.DASH if target is None else f"{target:g}"
+            shown = DASH if target is None else f"{target:g}"
             rows.append((*name, sweeps.MEASURES[measure], exponent, shown))
         flops = sweeps.flops_exponent(series)
         if flops is not None:
-            rows.append((*name, "FLOPs above the floor, counted", f"{flops:.3f}", words.DASH))
+            rows.append((*name, "FLOPs above the floor, counted", f"{flops:.3f}", DASH))
     text = """Exponents of the power law nearest to the medians, by least squares in seconds, each point weighted by
     what is known of it, with 95 % bootstrap intervals: 1 is linear, 0 flat. The step above the floor is a small
     difference of two large times; where its median is not above zero, the point counts but has no place in the
@@ -94,16 +95,16 @@ def cost_aware_section(results: Record, pictures: Pictures) -> str:
     rows = []
     for record in found:
         cost, lowest = record.get("max_backward_cost"), record.get("lowest_layer")
-        row = [record.get("suite", ""), words.DASH if cost is None else f"{cost:g}"]
+        row = [record.get("suite", ""), DASH if cost is None else f"{cost:g}"]
         if not ran(record):
             rows.append([*row, f"no result: {record['error']}"])
             continue
         row += [words.percent(record.get("backward_cost")), words.percent(record.get("score_kept"))]
-        row += [words.DASH if lowest is None else str(lowest), words.with_quartiles(spread(step_ratios(record)))]
+        row += [DASH if lowest is None else str(lowest), words.with_quartiles(spread(step_ratios(record)))]
         of = measured.get(cost) if cost is not None else None
         if of is not None:
             row += [words.count(record.get("blocks")), words.count(of.blocks), words.percent(of.score_kept)]
-            row += [words.ratio(of.held_out_loss), f"{of.right} of {of.of}" if of.of else words.DASH, str(of.runs)]
+            row += [words.ratio(of.held_out_loss), f"{of.right} of {of.of}" if of.of else DASH, str(of.runs)]
         rows.append(row)
     heads = ["suite", "max_backward_cost", "counted backward", "score kept", "lowest layer", "step / floor"]
     if measured:
@@ -149,7 +150,7 @@ def writing_section(results: Record) -> str:
     for suite, of in by_suite.items():
         at_use, after = of.get("at use"), of.get("after step")
         estimate, told = compare(at_use, after)
-        shown = words.signed(estimate) if estimate else words.DASH
+        shown = words.signed(estimate) if estimate else DASH
         faster = {HOLDS: "at use", MISSED: "after the step"}.get(told, verdict(told))
         faster += ", timed apart" * timed_apart(at_use, after)
         rows.append([suite, _ratios(at_use), _ratios(after), shown, faster])
@@ -175,8 +176,8 @@ def kernels_section(results: Record) -> str:
             continue
         cells = [words.percent_with_quartiles(spread(rates.get(name, ()))) for name in candidates]
         cells = [f"**{cell}**" if name == used else cell for name, cell in zip(candidates, cells)]
-        judged = words.DASH if used is None else _is_best(used, rates)
-        rows.append([*(words.DASH if value is None else str(value) for value in case), *cells, judged])
+        judged = DASH if used is None else _is_best(used, rates)
+        rows.append([*(DASH if value is None else str(value) for value in case), *cells, judged])
     text = """Speed of a block gradient as a share of the dense product's: the time that dYᵀX takes, scaled by the
     share of blocks, over the candidate's; medians, in brackets the middle half. All take turns in another order each
     round, each after a dense product. Bold is what is used here. The fastest is named where the 95 % bootstrap interval

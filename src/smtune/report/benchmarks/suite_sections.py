@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smtune.report.benchmarks import words
-from smtune.report.benchmarks.markdown import Pictures, image, prose, section, table, verdict
+from smtune.report.benchmarks.markdown import Pictures, image, verdict
 from smtune.report.benchmarks.records import (
     FLOOR,
     PARTS,
@@ -24,6 +24,7 @@ from smtune.report.benchmarks.records import (
     step_ratios,
 )
 from smtune.report.benchmarks.targets import OTHERS, RIVALS, SMALLER, against, memory_parts, timed_apart
+from smtune.report.markdown import DASH, prose, section, table
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
@@ -87,7 +88,7 @@ def _bytes(suite: Suite) -> str:
             words.size(arm.get("peak_tensor_bytes")),
             words.signed_size(beyond_floor(suite, name, "peak_tensor_bytes")),
         ]
-        if ran(arm) and any(cell != words.DASH for cell in row):
+        if ran(arm) and any(cell != DASH for cell in row):
             rows.append([label(arm), *row])
     heads = ("arm", "saved beyond the floor", "alive after forward", "optimizer state", "peak of the process")
     return table((*heads, "above the floor's", "counted peak", "above the floor's"), rows)
@@ -99,7 +100,7 @@ def _adapters(suite: Suite) -> str:
         adapter = arm.get("adapter")
         if adapter:
             times = [words.milliseconds(adapter.get(f"{what}_s")) for what in ("load", "switch", "merge", "unmerge")]
-            exact = {True: "yes", False: "**no**"}.get(adapter.get("restored_exactly"), words.DASH)
+            exact = {True: "yes", False: "**no**"}.get(adapter.get("restored_exactly"), DASH)
             rows.append([label(arm), words.size(adapter.get("bytes")), *times, exact])
         elif arm.get("adapter_error"):
             rows.append([label(arm), f"no result: {arm['adapter_error']}"])

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks.records import Spread
 from smtune.report.benchmarks.sweeps import Fit
+from smtune.report.markdown import DASH, minus
 
-DASH = "–"
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -34,7 +34,7 @@ def with_quartiles(spread: Spread | None) -> str:
 
 def signed(estimate: Estimate) -> str:
     """A difference with its interval."""
-    return _minus(f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})")
+    return minus(f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})")
 
 
 def percent(value: float | None, decimals: int | None = None) -> str:
@@ -43,7 +43,7 @@ def percent(value: float | None, decimals: int | None = None) -> str:
         return DASH
     if decimals is None:
         decimals = 1 if abs(value) >= 0.1 else 2
-    return _minus(f"{100 * value:.{decimals}f} %")
+    return minus(f"{100 * value:.{decimals}f} %")
 
 
 def percent_with_quartiles(spread: Spread | None) -> str:
@@ -64,7 +64,7 @@ def size(n_bytes: float | None) -> str:
 
 
 def signed_size(n_bytes: float | None) -> str:
-    return DASH if n_bytes is None else _minus(f"{'+' if n_bytes > 0 else ''}{size(n_bytes)}")
+    return DASH if n_bytes is None else minus(f"{'+' if n_bytes > 0 else ''}{size(n_bytes)}")
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -72,7 +72,7 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def count(number: float | None) -> str:
-    return DASH if number is None else _minus(f"{number:,.0f}")
+    return DASH if number is None else minus(f"{number:,.0f}")
 
 
 def exponent(fit: Fit | None) -> str:
@@ -98,8 +98,4 @@ def run(of: Mapping[str, str | None] | None) -> str:
 
 def hundredths(value: float) -> str:
     """Two decimals, and no minus before a zero."""
-    return _minus(f"{round(value, 2) + 0.0:.2f}")
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+    return minus(f"{round(value, 2) + 0.0:.2f}")

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smtune.files import write_text
-from smtune.report.benchmarks.markdown import prose, section
 from smtune.report.forest import forest, scatter
+from smtune.report.markdown import prose, section
 from smtune.reproduce.evidence.basis import basis_section
 from smtune.reproduce.evidence.claims import CLAIMS, DOUBTS
 from smtune.reproduce.evidence.judges import Evidence

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smtune.evaluation import accuracy
-from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.report.markdown import DASH, prose, section, table
 from smtune.reproduce.cells import Record
 from smtune.reproduce.declared import experiment_names, load_experiment
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.evidence.tasks import Task
 from smtune.reproduce.evidence.words import Links
-from smtune.reproduce.numbers import DASH
 
 
 def basis_section(tiers: Sequence[Results], tasks: Sequence[Task], links: Links) -> str:

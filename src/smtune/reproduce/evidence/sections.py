@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from smtune.evaluation.statistics import SIGNIFICANT, TIE, Z_80, Z_95, Estimate
-from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.report.markdown import DASH, prose, section, table
 from smtune.reproduce import numbers
 from smtune.reproduce.evidence import words
 from smtune.reproduce.evidence.claims import LORA, Claim
@@ -18,7 +18,6 @@ from smtune.reproduce.evidence.records import Found
 from smtune.reproduce.evidence.tasks import LOOKED_AT, Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, trained_share
-from smtune.reproduce.numbers import DASH
 
 OF_SMT = {"better": "wins", "worse": "loses", "tie": "ties", "undecided": "undecided"}
 WINS = "#wins-ties-and-losses"

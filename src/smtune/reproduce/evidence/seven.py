@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smtune.evaluation.statistics import TIE
-from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.report.markdown import DASH, prose, section, table
 from smtune.reproduce.declared import Tier, load_tier
 from smtune.reproduce.dry import seconds_of_cell
 from smtune.reproduce.evidence.claims import CLAIMS, SMALL
 from smtune.reproduce.evidence.contrasts import Design
 from smtune.reproduce.evidence.tasks import Task
-from smtune.reproduce.numbers import DASH
 from smtune.reproduce.train import count_steps
 
 MODEL, RATES, MOST = "llama-7b", 5, 50

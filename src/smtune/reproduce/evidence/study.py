@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from smtune.evaluation.statistics import Estimate, mean_over_seeds
-from smtune.report.benchmarks.markdown import prose, section, table
+from smtune.report.markdown import DASH, minus, prose, section, table
 from smtune.reproduce import numbers
 from smtune.reproduce.cells import Cell, Record
 from smtune.reproduce.declared import load_experiment
@@ -20,7 +20,6 @@ from smtune.reproduce.evidence.sections import contrast_table
 from smtune.reproduce.evidence.tasks import BUDGET, DRAWN, Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
 from smtune.reproduce.layouts import accuracies, overlap, overlap_by_chance
-from smtune.reproduce.numbers import DASH
 from smtune.selection import Plan
 
 NOT_RUN = "Not run yet."
@@ -98,7 +97,7 @@ def _memory(tiers: Sequence[Results], links: Links) -> list[str]:
             rows = []
             for arm in arms:
                 total = arm.records[0]["metrics"]["total"]
-                ratio = f"{100 * (own / total - 1):+.1f} %".replace("-", "−") if arm is not smt else DASH
+                ratio = minus(f"{100 * (own / total - 1):+.1f} %") if arm is not smt else DASH
                 cells = links.cells(results, arm.records)
                 rows.append([words.name(arm, with_budget=True), numbers.gigabytes(total), ratio, cells])
             heads = ("arm", "a step, counted", "SMT 0.84 % against it", "cells")

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from smtune.report.markdown import DASH
 from smtune.reproduce.cells import UNBUDGETED, Record, budget_text
 from smtune.reproduce.evidence.records import Found, Results
-from smtune.reproduce.numbers import DASH
 from smtune.reproduce.run import CELLS
 
 BENCHMARKS = "`smtune bench`"
