@@ -379,13 +379,21 @@ def test_compiles_to_one_graph():
     close(blocks.grad, expected, torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_output_may_be_changed_in_place(with_bias):
+def test_the_output_may_be_changed_in_place(with_bias, is_compiled):
     """As models with activations in place do. With a bias the output is a view of a sum."""
     index = BlockIndex.from_pairs(BlockGrid(8, 8, 4), [(0, 1)])
     x, weight, blocks = torch.randn(2, 3, 8), torch.randn(8, 8), torch.randn(1, 4, 4, requires_grad=True)
     bias = torch.randn(8) if with_bias else None
-    torch.relu_(block_linear(x, weight, bias, blocks, index)).sum().backward()
+
+    def rectified(x):
+        return torch.relu_(block_linear(x, weight, bias, blocks, index))
+
+    if is_compiled:
+        rectified = torch.compile(rectified, backend="aot_eager", fullgraph=True)
+    rectified(x).sum().backward()
     grad_y = (F.linear(x, weight, bias) > 0).float()
     torch.testing.assert_close(blocks.grad, block_grad_reference(grad_y, x, index))
 

@@ -641,7 +641,7 @@ class SMTLinear(nn.Module, SMTLayer):
                 "which would be changed too. Give it a copy of the weight before the adapter is made, and set "
                 "`tie_word_embeddings=False` in the model's configuration; or keep the adapter unmerged."
             )
-        weight = getattr(self.base_layer, "weight", None)
+        weight: Any = getattr(self.base_layer, "weight", None)
         if (is_sharded(weight) or self.is_dense) and not _is_here(weight):
             raise InputError(
                 f"Expected the whole weight to merge into. That of {self._name} is sharded or offloaded: save the "
