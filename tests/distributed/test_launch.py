@@ -98,6 +98,7 @@ def test_a_dense_warm_up_trains_as_one_process(folder):
         assert (apart > 1e-4).double().mean() < 0.01
 
 
+@pytest.mark.nightly
 def test_a_fault_is_told_once(folder):
     recipe = write_recipe(folder, "faulty")
     done = engines.call([*SMTUNE, "train", recipe, "smt.budget=1e-6", "--nproc", "2"], folder)

@@ -28,7 +28,9 @@ def configure(folder, method, **training):
     )
 
 
-@pytest.mark.parametrize("method", ["smt", "lora", "dora", "full"])
+@pytest.mark.parametrize(
+    "method", ["smt", "lora", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("dora", "full"))]
+)
 def test_each_method_trains_by_one_word_in_fp32(method, tmp_path):
     class Seen(TrainerCallback):
         def __init__(self):
@@ -50,6 +52,7 @@ def test_each_method_trains_by_one_word_in_fp32(method, tmp_path):
     assert hasattr(loaded, "peft_config") == (method != "full")
 
 
+@pytest.mark.nightly
 def test_a_stopped_run_is_resumed_to_the_same_bits(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

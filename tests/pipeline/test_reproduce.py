@@ -362,6 +362,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.nightly
 def test_a_killed_sweep_leaves_no_workers(tmp_path):
     (tmp_path / "sweep.py").write_text(SWEEP)
     (tmp_path / "workers").mkdir()
