@@ -372,7 +372,8 @@ def test_the_lock_of_a_killed_process_locks_nobody_out(configure, quiet):
     folder = RunFolder(config.output).path
     process = os.fork()
     if process == 0:
-        locked(folder).__enter__()
+        held = locked(folder)
+        held.__enter__()
         os._exit(9)
     os.waitpid(process, 0)
     assert (folder / LOCK).is_file()
