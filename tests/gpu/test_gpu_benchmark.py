@@ -23,6 +23,7 @@ def gpu_benchmark():
     return module
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path):
     output = tmp_path / "bench_gpu.json"

@@ -29,7 +29,7 @@ def configure(folder, method, **training):
 
 
 @pytest.mark.parametrize(
-    "method", ["smt", "lora", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("dora", "full"))]
+    "method", ["smt", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("lora", "dora", "full"))]
 )
 def test_each_method_trains_by_one_word_in_fp32(method, tmp_path):
     class Seen(TrainerCallback):

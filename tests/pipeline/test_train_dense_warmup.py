@@ -243,6 +243,7 @@ STOPS = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("stop", [*STOPS, "in training"])
 def test_a_stopped_run_ends_with_the_same_bits(configure, quiet, whole, monkeypatch, stop):
     config = configure(SMT, "training.logging_steps=1")

@@ -520,6 +520,7 @@ def counted_as_nothing(series, case, how):
     return dict.fromkeys(run.BESIDE, 0) | {"flops": {"forward": 1, "backward": 1}}
 
 
+@pytest.mark.nightly
 def test_what_was_timed_outlives_a_run_that_is_killed_while_it_counts(tmp_path, monkeypatch):
     series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["smt-0.84", "lora"], None)
     results = Results(tmp_path / "bench.json", MACHINE, "")
@@ -544,6 +545,7 @@ def test_what_was_timed_outlives_a_run_that_is_killed_while_it_counts(tmp_path, 
         assert len(each["control"]) == 2
 
 
+@pytest.mark.nightly
 def test_an_arm_that_cannot_be_counted_keeps_its_times(tmp_path, monkeypatch):
     def dies(series, case, how):
         if case.name == "lora":

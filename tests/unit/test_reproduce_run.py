@@ -61,6 +61,7 @@ def labels(folder):
     return {Store(folder).load(path.stem)["label"] for path in folder.glob("*.jsonl")}
 
 
+@pytest.mark.nightly
 def test_a_killed_process_costs_its_cell_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_in_worker", do)
     lines = []
