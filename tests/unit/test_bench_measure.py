@@ -574,6 +574,7 @@ def test_a_floor_that_cannot_run_ends_its_series_alone(tmp_path, monkeypatch, ca
     assert told == ["cannot go on here: out of memory"]
 
 
+@pytest.mark.nightly
 def test_an_arm_that_trains_the_weights_does_not_change_what_another_keeps(tmp_path):
     """All are built before any steps: else SMT would copy weights that 16 bits no longer hold."""
     series = suites.comparison("x", "llama-64x2", "float32", TOKENS, ["dense-v", "smt-0.84"], None)
