@@ -204,8 +204,8 @@ def _check_options(max_length: int, train_on: str, on_long: str) -> None:
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text: its begin-of-sequence token, or nothing."""
-    first = tokenizer("")["input_ids"][:1]
-    return list(first) if first == [tokenizer.bos_token_id] else []  # type: ignore[arg-type]
+    first: Any = tokenizer("")["input_ids"][:1]
+    return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def _tokenise(
@@ -231,17 +231,17 @@ def _tokenise(
 
 def _pieces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
     """Of each example the token ids of its segments."""
-    alone = iter(_ids(tokenizer, [segment.text for example in examples for segment in example.segments]))
-    conversations = [example for example in examples if example.templated and tokenizer.is_fast]
-    texts = ["".join(segment.text for segment in example.segments) for example in conversations]
-    encoded = _encoded(tokenizer, texts, return_offsets_mapping=True) if texts else {}
-    whole = iter(zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ())))
-    for example in examples:
-        pieces = [next(alone) for _ in example.segments]
-        if example.templated and tokenizer.is_fast:
-            ids, spans = next(whole)
-            pieces = _cut(ids, spans, [len(segment.text) for segment in example.segments]) or pieces
-        yield pieces
+    cut: list[list[list[int]] | None] = [None] * len(examples)
+    whole = {k: example.segments for k, example in enumerate(examples) if example.templated and tokenizer.is_fast}
+    if whole:
+        texts = ["".join(segment.text for segment in segments) for segments in whole.values()]
+        encoded = _encoded(tokenizer, texts, return_offsets_mapping=True)
+        for (k, segments), ids, spans in zip(whole.items(), encoded["input_ids"], encoded["offset_mapping"]):
+            cut[k] = _cut(ids, spans, [len(segment.text) for segment in segments])
+    texts = [segment.text for example, pieces in zip(examples, cut) if pieces is None for segment in example.segments]
+    alone = iter(_encoded(tokenizer, texts)["input_ids"] if texts else ())
+    for example, pieces in zip(examples, cut):
+        yield [next(alone) for _ in example.segments] if pieces is None else pieces
 
 
 def _cut(ids: list[int], spans: list[tuple[int, int]], lengths: Sequence[int]) -> list[list[int]] | None:
@@ -257,11 +257,6 @@ def _cut(ids: list[int], spans: list[tuple[int, int]], lengths: Sequence[int]) -
         pieces[k].append(token)
         reached = max(reached, end)
     return pieces
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text."""
-    return _encoded(tokenizer, texts)["input_ids"]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def likeliest(log_probs: Mapping[str, float], characters: Mapping[str, int], per
 # -- a run's folder ----------------------------------------------------------------------------------------------
 
 
-def resume(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
+def resume(folder: Path, run: Mapping[str, Any], items: Iterable[Item]) -> list[ItemResult]:
     """The results that the folder already holds; a new folder gets its header.
 
     A last line that a kill left half-written is cut off.
@@ -70,7 +70,7 @@ def resume(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
         InputError: as `kept_results`.
     """
     path = folder / ITEMS_FILE
-    results = kept_results(folder, run)
+    results = kept_results(folder, run, items)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, _line({"run": run}))
@@ -82,11 +82,12 @@ def resume(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
     return results
 
 
-def kept_results(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
+def kept_results(folder: Path, run: Mapping[str, Any], items: Iterable[Item]) -> list[ItemResult]:
     """The results of this run that the folder holds; none in a new folder. Writes nothing.
 
     Raises:
         InputError: the folder belongs to another run: names what differs. The same weights by another name do not.
+            Or it has results of other questions than `items` at the same places of a task's file.
     """
     path = folder / ITEMS_FILE
     if not path.exists():
@@ -101,11 +102,6 @@ def kept_results(folder: Path, run: Mapping[str, Any]) -> list[ItemResult]:
             f"Expected {path} to hold results of this run. Got those of another: {differences}. "
             "Give another folder, or delete this one to start again."
         )
-    return results
-
-
-def check_same_items(folder: Path, results: Iterable[ItemResult], items: Iterable[Item]) -> None:
-    """Raises InputError where the folder has results of other questions at the same places of a task's file."""
     keys = {(item.task.name, item.index): item.key for item in items}
     for result in results:
         if keys.get((result.task, result.index), result.key) != result.key:
@@ -114,6 +110,7 @@ def check_same_items(folder: Path, results: Iterable[ItemResult], items: Iterabl
                 f"{result.index + 1} of {result.task} is not the same, so its file or --source is another. Give "
                 "another folder, or delete this one to start again."
             )
+    return results
 
 
 def append(folder: Path, results: Iterable[ItemResult]) -> None:

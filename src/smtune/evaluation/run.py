@@ -82,9 +82,7 @@ def evaluate(
     dtype = str(model.dtype).removeprefix("torch.")
     run = _header(protocol, model_id, dtype, max_new_tokens, beams, backend)
     folder = Path(out_dir) if out_dir is not None else None
-    kept = results_.resume(folder, run) if folder else []
-    if folder:
-        results_.check_same_items(folder, kept, items)
+    kept = results_.resume(folder, run, items) if folder else []
     done = {result.key: result for result in kept}
 
     bos = leading_bos(tokenizer)
@@ -171,9 +169,7 @@ def check_folder(
     backend: str = "smtune",
 ) -> None:
     """Raises InputError for a folder that `evaluate` would refuse, so that it can be known before a model is loaded."""
-    folder = Path(out_dir)
-    kept = results_.kept_results(folder, _header(protocol, model_id, dtype, None, beams, backend))
-    results_.check_same_items(folder, kept, items)
+    results_.kept_results(Path(out_dir), _header(protocol, model_id, dtype, None, beams, backend), items)
 
 
 def _header(
@@ -233,7 +229,8 @@ def _choice_sequence(choice: Choice, tokenizer: PreTrainedTokenizerBase, bos: li
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _batches(requests: Sequence[_Request], batch_size: int) -> Iterator[list[_Request]]:

@@ -285,11 +285,11 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
         check_scoring(config)
-    fault = None if folder.is_finished else _other_base(folder, config)
-    if fault is not None:
-        raise InputError(fault)
     data = load_data(config)
     if not folder.is_finished:
+        fault = _other_base(folder, config)
+        if fault is not None:
+            raise InputError(fault)
         check_same_data(folder, data)
     foreseen = foresee(config, kept)
     blocks, n_scoring, plan = "", 0, foreseen.plan

@@ -572,7 +572,7 @@ class SMTLinear(nn.Module, SMTLayer):
         known = [] if torch.compiler.is_compiling() else [(delta, delta._version) for delta in deltas]
 
         def before_backward(grad_y: Tensor) -> None:
-            is_gone = total is not None and (self._is_unloaded or not self._still_has(adapters))
+            is_gone = adapters is not None and (self._is_unloaded or not self._still_has(adapters))
             is_changed = any(delta._version != version for delta, version in known)
             if is_gone or is_changed or self.merged_adapters != merged:
                 raise RuntimeError(
@@ -590,12 +590,12 @@ class SMTLinear(nn.Module, SMTLayer):
         y.register_hook(before_backward)
         return y
 
-    def _still_has(self, adapters: _ActiveSet | None) -> bool:
+    def _still_has(self, adapters: _ActiveSet) -> bool:
         """Whether the adapters of a forward are there, with the blocks that they had."""
-        now = None if adapters is None else self._adapters(adapters.names)
-        if now is None or adapters is None:
+        now = self._adapters(adapters.names)
+        if now is None or now is adapters:
             return now is adapters
-        return now is adapters or (now.names == adapters.names and now.index.pairs == adapters.index.pairs)
+        return now.names == adapters.names and now.index.pairs == adapters.index.pairs
 
     # Merging ----------------------------------------------------------------------------------------------------
 
