@@ -355,6 +355,7 @@ BUILDERS: dict[str, Builder] = {
     "lora": _lora("LoRA q,k,v", list(QKV)),
     "lora-4.91": _lora("LoRA q,k,v", list(QKV), percent=4.91),
     "lora-autocast": _autocast(_lora("LoRA q,k,v", list(QKV))),
+    "lora-4.91-autocast": _autocast(_lora("LoRA q,k,v", list(QKV), percent=4.91)),
     "lora-all": _lora("LoRA all linear", LINEARS),
     "dora": _lora("DoRA q,k,v", list(QKV), dora=True),
     "dora-4.91": _lora("DoRA q,k,v", list(QKV), percent=4.91, dora=True),
