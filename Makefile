@@ -55,15 +55,21 @@ check: $(INSTALLED)
 	$(BIN)/pytest -q tests/unit/test_imports.py
 
 # Some nine hours on two cores, which should have nothing else to do; a stopped run goes on where it was. Differences of a few
-# percent took up to 60 pairs: `make bench ROUNDS=60` for all, or `smtune bench --rounds 60 --arms …` for some. A file holds the
+# percent took up to 60 pairs: `make bench ROUNDS=60` for all, or `smtune bench --anew --rounds 60 --arms …` for some. A file holds the
 # records of one kind of machine: on another, `make bench RESULTS=docs/results/bench_mine.json PAGE=docs/benchmarks_mine.md`.
+# A dozen arms take turns at a time: in longer rounds the memory of an arm is cold when its turn comes (docs/log.md).
 RESULTS := docs/results/bench.json
 PAGE := docs/benchmarks.md
 ROUNDS := 12
+AT_084 := floor,control,smt-0.84,lora,lora-autocast,lora-all,dora,dora-autocast,shira,supertuning,dense-v,sift,appendix-a,full,full-autocast
+AT_491 := smt-4.91,lora-4.91,lora-4.91-autocast,dora-4.91,shira-4.91,supertuning-4.91
+BUDGETS := smt-0.43,smt-1.26,smt-2.5,smt-3.73,smt-additive,smt-additive-4.91
 BENCH := $(BIN)/smtune bench --rounds $(ROUNDS) --dtype float32,bfloat16 --output $(RESULTS) --page $(PAGE)
 
 bench: $(INSTALLED)
-	$(BENCH) --suite all --rival benchmarks/appendix_a.py
+	$(BENCH) --suite all --arms $(AT_084) --rival benchmarks/appendix_a.py
+	$(BENCH) --suite layers7b,smollm2 --arms $(AT_491)
+	$(BENCH) --suite layers7b,smollm2 --arms $(BUDGETS)
 	$(BENCH) --suite layers7b --tokens 512,2048 --arms floor,smt-0.84,smt-4.91,lora,lora-4.91
 
 bench-gpu: $(INSTALLED)

@@ -9,8 +9,8 @@ the loop. All take turns, round by round. Two times for each: the GPU's own, tak
 keeps it busy meanwhile, and the host's, to launch everything. In a step that keeps the GPU busy the first is what
 counts, in one that waits for the host the second.
 
-Steps: floor, a second floor as control, SMT and LoRA of as many parameters on two layers of LLaMA-7B's shape, all on
-the same weights, a floor step beside each. The file is written after every record.
+Steps: floor, a second floor as control, SMT and LoRA of as many parameters, in bf16 also under autocast, on two layers
+of LLaMA-7B's shape, all on the same weights, a floor step beside each. The file is written after every record.
 
 Without a GPU: says so, exit code 2.
 """
@@ -33,6 +33,7 @@ from smtune import block_grad
 from smtune.bench import machine, measure
 from smtune.bench.arms import Setting, build
 from smtune.bench.subjects import find_subject, same_weights
+from smtune.bench.suites import is_for
 from smtune.bench.turns import pair, turns
 from smtune.blocks import BlockGrid, BlockIndex
 from smtune.files import write_json
@@ -44,7 +45,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCKS = (27, 158)
 KERNEL_TOKENS = (1024, 2048, 4096, 8192)
 STEP_TOKENS = (1024, 4096)
-ARMS = ("control", "smt-0.84", "smt-4.91", "smt-additive", "lora", "lora-4.91")
+ARMS = ("control", "smt-0.84", "smt-4.91", "smt-additive", "lora", "lora-4.91", "lora-autocast", "lora-4.91-autocast")
+"""Autocast is for bf16 weights, as of Trainer with `bf16=True`: PEFT multiplies LoRA's factors in fp32 otherwise."""
 BUSY_CYCLES = 10_000_000
 """Some milliseconds: longer than the host takes to launch what is timed."""
 
@@ -205,6 +207,7 @@ def time_steps(
     base = subject.load(dtype, device.type)
     batch = subject.inputs(base, tokens)
     setting = Setting(subject, dtype, device.type)
+    names = [name for name in names if is_for(name, dtype)]
     arms = {name: build(name, setting, same_weights(base), batch) for name in ("floor", *names)}
     for arm in arms.values():
         for _ in range(3):

@@ -50,7 +50,7 @@ def main(
     )
     trainer = Trainer(model=smt, args=arguments, train_dataset=rows, data_collator=collate)
     trainer.train(resume_from_checkpoint=resume)
-    smt.save_pretrained(Path(output, "adapter"))
+    smt.save_pretrained(Path(output, "adapter"), is_main_process=trainer.is_world_process_zero())
     print(f"Wrote {output}/adapter. As a plain model: smtune merge {output}/adapter merged/")
     return trainer
 

@@ -4,7 +4,7 @@ A weight `W` of shape (O, I) is cut into `l x l` blocks (paper §3.1: `N = d·k 
 the cut, `BlockIndex` a set of blocks in it, `tile` the weight seen as its blocks, `gather` and `scatter_` move the
 values of the indexed blocks out of and into the weight. Everything above works on these two types.
 
-Shapes: O out, I in, l block size, R×C grid (R = O/l, C = I/l), m blocks. Imports torch alone.
+Shapes: O out, I in, l block size, R×C grid (R = O/l, C = I/l), m blocks.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class BlockIndex:
         pairs: the blocks as (row, col) integers on the host, for loops that must not synchronise with a device.
         columns: the block columns of x that are kept for the block gradients: those that some block reads, or more of
             them after `keeping`.
+        positions: of each block, where it stands in `pairs`.
         sides: `pairs` as all rows and all columns, as operators take them.
         compact_sides: the same, with each column replaced by its position in `columns`.
     Raises:
@@ -99,6 +100,7 @@ class BlockIndex:
     rows: Tensor
     cols: Tensor
     pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    positions: dict[tuple[int, int], int] = field(init=False, repr=False)
     columns: BlockColumns = field(init=False, repr=False)
     sides: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False)
     compact_sides: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False)
@@ -113,6 +115,7 @@ class BlockIndex:
         # Computed here and not on demand: compilers cannot trace through a lazy property.
         object.__setattr__(self, "sides", (tuple(self.rows.tolist()), tuple(self.cols.tolist())))
         object.__setattr__(self, "pairs", tuple(zip(*self.sides)))
+        object.__setattr__(self, "positions", {pair: k for k, pair in enumerate(self.pairs)})
         object.__setattr__(self, "_on", {})
         self._keep(BlockColumns(tuple(sorted({col for _, col in self.pairs})), n_cols))
         for row, col in self.pairs:
@@ -121,7 +124,7 @@ class BlockIndex:
                     f"Expected blocks inside the {n_rows}x{n_cols} grid of a ({self.grid.out_features}, "
                     f"{self.grid.in_features}) weight with block size {self.grid.block_size}. Got ({row}, {col})."
                 )
-        if len(set(self.pairs)) != len(self.pairs):
+        if len(self.positions) != len(self.pairs):
             repeated = next(pair for pair in self.pairs if self.pairs.count(pair) > 1)
             raise InputError(f"Expected distinct blocks. Got {repeated} more than once.")
 

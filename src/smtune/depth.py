@@ -13,8 +13,6 @@ most one MLP; every expert of a mixture counts as if all tokens went through it.
 
 Autograd ends there by itself, unless something makes the embeddings' output require a gradient, as transformers does
 for activation checkpointing. `backward_end` undoes that for the layers below the lowest trained one.
-
-Imports torch and `smtune.weights` alone.
 """
 
 from __future__ import annotations

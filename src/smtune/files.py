@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Imports nothing outside the standard library."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,12 +44,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield temporary
-        let_read(temporary)
-        sync_folder(temporary)
-        temporary.rename(path)
-        sync(path.parent)
+        settle(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Give a folder the name `path`, once all that is in it is on the disk, with the usual rights."""
+    let_read(temporary)
+    sync_folder(temporary)
+    temporary.rename(path)
+    sync(path.parent)
 
 
 def let_read(folder: Path) -> None:

@@ -7,8 +7,7 @@ is one contiguous copy of the columns of x that some block reads, and a referenc
 `additive_block_linear` (additive): blocks act beside an untouched weight, `y += x Dᵀ`, for bases whose weight cannot
 be written, such as quantised ones.
 
-Both take any leading dims and run under autocast. Imports torch, `smtune.blocks`, `smtune.errors`, `smtune.kernels`
-and `smtune.weights` alone.
+Both take any leading dims and run under autocast.
 Shapes: N tokens (all leading dims), I in, O out, m blocks, l block size, U·l used columns.
 """
 
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from smtune.blocks import BlockIndex, tile
 from smtune.errors import InputError
-from smtune.kernels import block_grad, block_grad_compact, block_product_, flatten
+from smtune.kernels import block_grad_compact, block_product_, flatten
 from smtune.weights import view_OI
 
 TakeColumns = Callable[[Tensor, BlockIndex], Tensor]
@@ -187,4 +186,4 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-__all__ = ["additive_block_linear", "block_grad", "block_linear", "block_linear_reference", "used_columns"]
+__all__ = ["additive_block_linear", "block_linear", "block_linear_reference", "used_columns"]

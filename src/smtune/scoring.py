@@ -23,7 +23,7 @@ rounded already (2⁻⁷ of these bounds) and numbers below 2⁻¹²⁶. Ranks r
 
 Where weights are trained anyway, `GradientScores` gives the same scores from their gradients, without taps.
 
-Imports torch and the modules below alone. Shapes: O out, I in, R×C grid, N tokens, l block size.
+Shapes: O out, I in, R×C grid, N tokens, l block size.
 """
 
 from __future__ import annotations

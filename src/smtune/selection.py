@@ -16,7 +16,7 @@ Beside the parameters a plan may be held to a time: `max_backward_cost`, a fract
 matrix it selects from would alone. The policy therefore chooses among those matrices only, and for `global` the result
 has the highest score of all plans within both budgets.
 
-A plan is JSON and self-contained. Imports torch and the modules below alone. Shapes: R×C grid of blocks.
+A plan is JSON and self-contained. Shapes: R×C grid of blocks.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ FSDP2 and tensor parallelism make a parameter a `DTensor`, ZeRO-3 empties it bet
 process; ZeRO 1 to 3 keep the fp32 master of a 16-bit parameter in parts. What reads a weight that may be split goes
 through `whole`, and `trained_state_dict` is what an adapter is saved from.
 
-Gathering is collective: every process of the group calls it, for the same parameters in the same order. Imports torch
-alone; deepspeed only where it is a parameter's engine.
+Gathering is collective: every process of the group calls it, for the same parameters in the same order.
 """
 
 from __future__ import annotations

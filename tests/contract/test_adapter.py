@@ -134,8 +134,13 @@ def test_trainables_are_the_planned_blocks_in_fp32(dtype):
 
 def test_layers_without_blocks_are_left_alone():
     model = peft.get_peft_model(make_base(), make_config(budget=2))
-    assert len(layers(model)) <= 2
-    assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, nn.Linear)
+    config = model.peft_config["default"]
+    modules = dict(model.base_model.model.named_modules())
+    chosen, targeted = config.block_map().keys(), config.get_plan().modules.keys()
+    assert 1 <= len(chosen) <= 2
+    assert {name for name, module in modules.items() if isinstance(module, SMTLinear)} == chosen
+    assert targeted > chosen
+    assert all(type(modules[name]) is nn.Linear for name in targeted - chosen)
 
 
 def test_layers_and_excludes_limit_the_plan():
@@ -248,9 +253,9 @@ def test_unselected_weights_are_bit_identical_after_training(dtype, mode):
     base = weights(make_base(dtype))
     model = make_trained(dtype, mode)
     config = model.peft_config["default"]
+    before = logits(model)
     resident = weights(model)
-    logits(model)
-    resident = weights(model)
+    assert torch.equal(logits(model), before)
     for name, before in base.items():
         module = name.removesuffix(".weight")
         expected = before.clone()

@@ -469,6 +469,15 @@ def test_what_dequantize_refuses(folder):
         smtune.dequantize(model)
 
 
+def test_dequantize_elsewhere_takes_all_of_the_model_there(folder):
+    model = tuned(folder, "bitsandbytes nf4")
+    assert smtune.dequantize(model, torch.bfloat16, device="meta") is model
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != "meta"]
+    assert all(name.endswith(".index") for name in elsewhere)  # of blocks, which stays on the host
+    assert not any(is_quantised(module) for module in model.modules())
+
+
 def test_dequantize_rounds_nothing_that_frozen_adapters_learned(folder, tmp_path):
     kind = "torchao Int8WeightOnly"
     config = SMTConfig(block_size=SIZE, budget=10, trainable_token_indices=[3, 5], modules_to_save=["lm_head"])

@@ -393,8 +393,11 @@ class Stop(Exception):
 
 
 class StopAt(TrainerCallback):
+    def __init__(self, step=3):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
+        if state.global_step == self.step:
             raise Stop
 
 
@@ -479,6 +482,14 @@ def run_trainer(engine: str, folder: Path) -> None:
         except Stop:
             dist.barrier()
         by_trainer(config, resume=True)
+    if engine == "DDP":  # an epoch has four steps: the second one is stopped and resumed within
+        grouped = partial(values, group_by_length=True, max_steps=8, save_steps=3)
+        by_trainer(grouped("grouped"))
+        try:
+            by_trainer(grouped("grouped-stopped"), callbacks=[StopAt(7)])
+        except Stop:
+            dist.barrier()
+        by_trainer(grouped("grouped-stopped"), resume=True)
     if engine in FULL:
         # TrainingArguments refuses bf16 where there is no GPU, unless told to use the CPU, which DeepSpeed's are not.
         with mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):

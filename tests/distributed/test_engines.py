@@ -243,6 +243,12 @@ def test_a_resumed_run_ends_as_one_without_a_stop(engine, ranks):
         assert event == pytest.approx(expected, rel=10 * tolerance, abs=0)
 
 
+@over("DDP")
+def test_rows_in_groups_come_in_the_same_order_when_resumed(engine, ranks):
+    whole, resumed = (ranks[0] / output for output in ("grouped", "grouped-stopped"))
+    assert_same_tensors(adapter_of(resumed / "adapter"), adapter_of(whole / "adapter"), 0.0)
+
+
 @over("DDP", "FSDP2")
 def test_only_block_gradients_are_reduced(engine, alone, ranks):
     """4 bytes of each block parameter go over the wire in a step, and 4 of every parameter in full fine-tuning."""

@@ -13,6 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from smtune import cli
+from smtune.data import prepare
+from smtune.evaluation import answer_loss
+from smtune.models import load_model, load_tokenizer
 from smtune.training import parse_config, read_metrics, train
 
 SMTUNE = [sys.executable, "-m", "smtune"]
@@ -44,7 +47,8 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert names == {path.name for path in expected.iterdir()}
     plans = [json.loads((path / "plan.json").read_text()) for path in (run, expected)]
     assert [m["blocks"] for m in plans[0]["modules"]] == [m["blocks"] for m in plans[1]["modules"]]
-    losses = [[event["loss"] for event in read_metrics(path / "metrics.jsonl")] for path in (run, expected)]
+    metrics = [read_metrics(path / "metrics.jsonl") for path in (run, expected)]
+    losses = [[event["loss"] for event in events if "loss" in event] for events in metrics]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
     tensors, expected_tensors = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, expected))
@@ -67,12 +71,18 @@ def assert_parts_by_zero(run: Path, *states: str) -> None:
 
 @pytest.mark.support("Engines", row="DDP", column="smtune train --nproc", against="smtune train, one process")
 def test_nproc_trains_as_one_process(folder, alone):
-    done = engines.call([*SMTUNE, "train", write_recipe(folder, "two"), "--nproc", "2"], folder)
+    recipe = write_recipe(folder, "two")
+    held_out = f"data.validation={folder / 'rows.jsonl'}"
+    done = engines.call([*SMTUNE, "train", recipe, held_out, "--nproc", "2"], folder)
     assert done.returncode == 0, done.stderr
     for text in ("Data: ", "Plan: ", "Training 2,304 of", "step 1/6", "Trained "):
         assert done.stderr.count(text) == 1, done.stderr  # the first process tells, the other is silent
     assert json.loads((folder / "two" / "environment.json").read_text())["processes"] == 2
     assert_same_run(folder / "two", alone)
+    validated = [event["eval_loss"] for event in read_metrics(folder / "two" / "metrics.jsonl") if "eval_loss" in event]
+    rows, _ = prepare(str(folder / "rows.jsonl"), load_tokenizer(folder / "two"), max_length=64)
+    loss = answer_loss(load_model(str(folder / "two")), load_tokenizer(folder / "two"), rows, batch_size=2)
+    assert validated[-1] == pytest.approx(loss, rel=0.05)  # not a process's share of it, which is half
 
 
 @pytest.mark.nightly
@@ -192,7 +202,7 @@ def test_faults_found_before_any_process_is_started(folder, monkeypatch, capsys)
     assert cli.run(["train", recipe, "training.lerning_rate=1", "--nproc", "2"]) == 2
     both = ["training.deepspeed={}", "training.fsdp={}"]
     assert cli.run(["train", recipe, *both, "--nproc", "2"]) == 2
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.run(["train", recipe, "--nproc", "2"]) == 2
     errors = " ".join(capsys.readouterr().err.split())
     assert 'Did you mean "training.learning_rate"?' in errors

@@ -48,8 +48,8 @@ def close(actual, exact, relative, rounding=0.0):
 @contextmanager
 def no_synchronisation():
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

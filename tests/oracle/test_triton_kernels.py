@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smtune.kernels import triton_blocks
+from smtune.kernels import dispatch, triton_blocks
 from smtune.kernels.triton_blocks import CONFIGS, block_grad_kernel, block_product_kernel, token_splits
 
 TARGETS = {
@@ -58,6 +58,19 @@ def compiled(kernel, dtype, block_size, config, target, precision="ieee", unit_s
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=target, options=options)
+
+
+def test_where_triton_does_not_start_the_loop_runs(monkeypatch):
+    def start():
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    find = dispatch._triton_kernels_on.__wrapped__
+    monkeypatch.setattr(triton_blocks, "start", start)
+    with pytest.warns(UserWarning, match=r"gcc, python3-dev\)\. Got RuntimeError: Failed to find C compiler"):
+        assert find(torch.device("cuda")) is None
+    monkeypatch.setattr(triton_blocks, "start", lambda: None)
+    assert find(torch.device("cuda")) is triton_blocks
 
 
 OLDEST = "sm80", torch.float32

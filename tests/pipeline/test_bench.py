@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from smtune import cli
-from smtune.bench import suites
+from smtune.bench import single, suites
 from smtune.bench.machine import describe
 from smtune.bench.results import Results
 from smtune.bench.run import How, run_series
@@ -68,6 +69,19 @@ def test_quick_run_and_going_on_with_it(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.nightly
+def test_arms_are_timed_anew_beside_what_there_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ("--quick", "--threads", 1, "--arms", "floor,smt-0.84,lora")
+    bench(capsys, *quick)
+    bench(capsys, *quick[:-1], "smt-0.84", "--anew")
+    records = json.loads(Path("bench.json").read_text())["records"]
+    assert sorted(record["arm"] for record in records) == ["floor", "lora", "smt-0.84", "smt-0.84"]
+    first, second = (record for record in records if record["arm"] == "smt-0.84")
+    assert first["control"] != second["control"]
+    assert first["flops"] == second["flops"]
+
+
+@pytest.mark.nightly
 def test_an_arm_that_dies_is_recorded_and_the_others_go_on(tmp_path):
     rival = tmp_path / "rival.py"
     rival.write_text("import os\nNAME = LABEL = 'x'\ndef build(model, plan):\n    os.kill(os.getpid(), 9)\n")
@@ -90,6 +104,47 @@ def test_an_arm_that_dies_is_recorded_and_the_others_go_on(tmp_path):
     run_series(series, again, How(rounds=1, threads=1, say=started.append))
     assert not any("smt-0.84: building" in line for line in started)  # done
     assert any("appendix-a: building" in line for line in started)  # failures are tried again
+
+
+@pytest.mark.nightly
+def test_questions_of_their_own_kind_are_measured_and_shown(tmp_path, capsys, monkeypatch):
+    """On a small model: what is kept is what the page reads."""
+    monkeypatch.setattr(single, "KERNEL_SHAPES", ((256, 64, 2),))
+    monkeypatch.setattr(single, "SCORING", (("abs_of_sum", "bfloat16"), ("net", "float32")))
+    output = tmp_path / "bench.json"
+    results, how = Results(output, describe(threads=1, device="cpu"), ""), How(rounds=5, threads=1)
+    single.run_table1(suites.table1("llama-256x2", "float32", 64), results, how)
+    single.run_scoring("llama-256x2", "float32", 64, results, how)
+    single.run_kernels("float32", 64, results, how)
+    kinds = Counter(record["kind"] for record in results.records)
+    assert kinds["table1"] == 5
+    assert kinds["scoring"] == 2
+    assert kinds["kernel"] >= 5
+    assert {record["arm"] for record in results.records if record.get("error")} <= {"full-cpuadam"}
+    bench(capsys, "--report", "--output", output)
+    page = output.with_suffix(".md").read_text()
+    for shown in (
+        "### table1-float32-64",
+        "| abs_of_sum | bfloat16 |",
+        "| net | float32 |",
+        "| cpu | float32 | 64 | 256 | 64 | 2 |",
+    ):
+        assert shown in page, shown
+
+
+@pytest.mark.nightly
+@pytest.mark.real_model
+def test_plans_held_to_a_cost_are_measured_and_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(single, "LIMITS", (1.0, 0.5))
+    output = tmp_path / "bench.json"
+    results = Results(output, describe(threads=1, device="cpu"), "")
+    single.run_cost_aware("float32", results, How(rounds=5, threads=1))
+    records = json.loads(output.read_text())["records"]
+    assert [record["max_backward_cost"] for record in records] == [1.0, 0.5]
+    assert all(record["backward_cost"] <= record["max_backward_cost"] for record in records)
+    assert records[0]["score_kept"] > records[1]["score_kept"]
+    bench(capsys, "--report", "--output", output)
+    assert "| cost-aware-float32 | 0.5 |" in output.with_suffix(".md").read_text()
 
 
 def test_faults_are_told_together_before_anything_starts(tmp_path, capsys, monkeypatch):

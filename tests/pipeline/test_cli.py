@@ -478,6 +478,7 @@ def test_of_several_processes_the_first_tells(config, capsys, monkeypatch):
     monkeypatch.setattr(time, "sleep", waited.append)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         for error in (
             smtune.InputError("no rows"),
             OSError(errno.EACCES, "Permission denied", "rows.jsonl"),

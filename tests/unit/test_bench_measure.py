@@ -133,6 +133,7 @@ def test_shares_are_the_papers_by_whole_blocks_a_layer(percent, blocks):
         "lora",
         "lora-4.91",
         "lora-autocast",
+        "lora-4.91-autocast",
         "lora-all",
         "dora",
         "dora-4.91",
@@ -147,7 +148,7 @@ def test_shares_are_the_papers_by_whole_blocks_a_layer(percent, blocks):
 )
 def test_rivals_have_as_many_parameters_as_smt(name):
     subject = find_subject("llama-256x2")
-    like = "smt-4.91" if name.endswith("-4.91") else "smt-0.84"
+    like = "smt-4.91" if "4.91" in name else "smt-0.84"
     counts = {}
     for each in (name, like):
         model = subject.load("float32")
@@ -458,6 +459,20 @@ def test_what_was_timed_apart_or_not_counted_is_not_there(tmp_path):
     assert results.has(record("x", kind="kernel"))
     assert results.find(record("b")) is not None
     assert not results.has(record("b"))
+
+
+def test_an_arm_that_is_timed_again_keeps_both_records(tmp_path):
+    results = Results(tmp_path / "bench.json", MACHINE, "")
+    results.add(record("a", control=[1.0, 1.1]))
+    results.add(record("a", control=[1.2], uncounted=True))
+    assert results.find(record("a"))["control"] == [1.2]
+    assert not results.has(record("a"))
+    results.add(record("a", control=[1.2]))
+    assert [each["control"] for each in results.records] == [[1.0, 1.1], [1.2]]
+    assert results.has(record("a"))
+    results.add(record("b", timed_on=None))
+    results.add(record("b", control=[1.3]))  # the first was timed apart
+    assert [each["arm"] for each in results.records] == ["a", "a", "b"]
 
 
 def test_results_of_another_machine_are_not_mixed(tmp_path):

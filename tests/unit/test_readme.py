@@ -1,7 +1,8 @@
-"""The README's figures of step times are those of the records that its pages are written from."""
+"""The README's tables of step times and accuracies are those of the records and tables that its pages hold."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -35,12 +36,12 @@ ARMS = {
 }
 
 
-def tables():
-    """(page, rows) of each table of step times: cells by head, the row's name under ""."""
+def tables(head="SMT 0.84 %"):
+    """(page linked before it, rows) of each table with a column of that head; a row is its cells by head."""
     page, found = "", []
     for block in re.split(r"\n\s*\n", (ROOT / "README.md").read_text(encoding="utf-8")):
         lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
-        if block.strip().startswith("|") and "SMT 0.84 %" in lines[0]:
+        if block.strip().startswith("|") and head in lines[0]:
             found.append((page, [dict(zip(lines[0], line)) for line in lines[2:]]))
         linked = re.findall(r"\]\(docs/(benchmarks\w*)\.md\)", block)
         page = linked[-1] if linked else page
@@ -63,3 +64,41 @@ def test_step_times_are_those_of_the_records(page, rows):
 
 def test_there_are_such_tables():
     assert [page for page, _ in tables()] == ["benchmarks", "benchmarks_xeon"]
+
+
+ACCURACIES = (
+    (("mini/study-methods", "math"), ("mini/study-methods", "choice")),
+    (("mini/study-unseen", "unseen-math"), ("mini/study-unseen", "unseen-choice")),
+    (("smollm2/study-short", None), ("smollm2/table2", None)),
+)
+"""By table and row of the README: which table of `smtune reproduce`, and which of its tasks."""
+METHODS = {
+    "untuned": ("untuned",),
+    "SMT, best blocks": ("SMT",),
+    "random blocks": ("control: random blocks",),
+    "SMT, sampled": ("SMT, sampled",),
+    "the same, all linear layers": ("SMT, sampled, all linear layers, blocks of 32²",),
+    "the same, all linear layers, half blocks": ("SMT, sampled, all linear layers, blocks of 4²",),
+    "LoRA": ("LoRA on q, k, v", "LoRA"),
+    "LoRA on q, k, v": ("LoRA on q, k, v",),
+    "LoRA, all linear": ("LoRA on all linear layers",),
+    "SHiRA": ("SHiRA",),
+    "full": ("Full fine-tuning",),
+}
+
+
+def test_accuracies_are_those_of_the_tables():
+    found = tables("SMT, sampled")
+    assert [len(rows) for _, rows in found] == [len(rows) for rows in ACCURACIES]
+    for (_, rows), sources in zip(found, ACCURACIES):
+        for row, (source, task) in zip(rows, sources):
+            path = ROOT / "docs" / "results" / "reproduce" / f"{source}.csv"
+            with path.open(encoding="utf-8", newline="") as file:
+                ours = [line for line in csv.DictReader(file) if line["source"] == "smtune"]
+            known = {line["method"]: line["AVG (95 %)"].split()[0] for line in ours if task in (None, line.get("task"))}
+            for head, cell in row.items():
+                if head == "right, %":
+                    continue
+                value = next((known[label] for label in METHODS[head] if label in known), None)
+                decimals = len(cell.partition(".")[2])
+                assert cell == ("–" if value is None else f"{float(value):.{decimals}f}"), (source, task, head)

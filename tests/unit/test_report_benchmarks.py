@@ -30,7 +30,10 @@ from smtune.report.benchmarks.targets import (
     OPEN,
     PART,
     REASONS,
+    TWO_PROCESSES,
+    against,
     compare,
+    how_apart,
     judge_exponent,
     reasons,
     targets,
@@ -55,6 +58,7 @@ ARMS = {  # label, trained parameters, forward, backward and optimizer beyond th
     "lora": ("LoRA q,k,v r=72", 3_538_944, (0.02, 0.04, 0.002)),
     "lora-4.91": ("LoRA q,k,v r=421", 20_692_992, (0.05, 0.1, 0.012)),
     "lora-autocast": ("LoRA q,k,v r=72, autocast", 3_538_944, (0.02, 0.03, 0.002)),
+    "lora-4.91-autocast": ("LoRA q,k,v r=421, autocast", 20_692_992, (0.04, 0.08, 0.012)),
     "dora-autocast": ("DoRA q,k,v r=71, autocast", 3_514_368, (0.09, 0.14, 0.002)),
     "lora-all": ("LoRA all linear r=22", 3_538_944, (0.03, 0.06, 0.002)),
     "dora": ("DoRA q,k,v r=71", 3_514_368, (0.1, 0.16, 0.002)),
@@ -596,6 +600,33 @@ def test_what_was_timed_apart_tells_nothing_close_or_far(results):
     assert verdicts(apart, "cost-aware plan") == {"smollm2-float32-1024": OPEN}
 
 
+def test_arms_of_two_runs_are_told_apart_by_more_than_a_tenth(results):
+    for extra, same, other in ((0.001, HOLDS, OPEN), (0.3, MISSED, MISSED), (0.13, MISSED, OPEN)):
+        found = arms(with_extra(results, "smt-0.84", extra, noise=0.001))
+        mine, theirs = found["smt-0.84"], found["lora"]  # LoRA is 0.062 above the floor
+        assert compare(mine, theirs)[1] == same
+        for of_two in ({"run": {"date": "another"}, "control": []}, {"control": [1.0, 1.01]}):
+            assert compare(mine | of_two, theirs)[1] == other
+            assert how_apart(mine | of_two, theirs) == TWO_PROCESSES
+
+
+def test_two_arms_are_compared_by_the_run_that_both_were_in(results):
+    """Here LoRA is 0.062 above the floor, with 12 pairs; in a second run, without DoRA, SMT and LoRA are equal."""
+    results = with_extra(results, "smt-0.84", 0.001, noise=0.001)
+    first = arms(results)
+    for name in ("smt-0.84", "lora"):
+        again = first[name] | {"control": [1.0, 1.002] * 10, "rounds": rounds((0, 0.001, 0), noise=0.001, n=20, seed=2)}
+        results["records"].append(again)
+    suite = next(suite for suite in suites(results) if suite.name == "layers7b-float32-1024")
+    assert len(step_ratios(suite.arms["smt-0.84"])) == 20
+    assert [len(step_ratios(record)) for record in suite.both("smt-0.84", "lora")] == [20, 20]
+    assert [len(step_ratios(record)) for record in suite.both("smt-0.84", "dora")] == [12, 12]
+    assert against(suite, "smt-0.84", "lora")[1] == OPEN
+    assert against(suite, "smt-0.84", "dora")[1] == HOLDS
+    (control,) = [row for row in targets(results) if row.group == "control" and row.where == suite.name]
+    assert control.measured.count("95 %") == 2
+
+
 def test_writes_are_told_apart_only_where_they_were_timed_together(results):
     def faster(results):
         (row,) = [row for rows in tables(page(results, {}), "suite") for row in rows if "which is faster" in row]
@@ -830,7 +861,7 @@ def test_table_1_as_ours(results, written):
 def test_the_memory_gap_is_explained(results, written):
     text = written[0].read_text(encoding="utf-8")
     rows = [row for table in tables(text, "arm") for row in table if "remainder" in row]
-    assert len(rows) == 3 * 11 + 1  # LoRA under autocast is of bf16 alone
+    assert len(rows) == 3 * 11 + 2  # LoRA under autocast is of bf16 alone
     for row in rows:
         number = {head: int(cell.replace(",", "").replace("−", "-")) for head, cell in row.items() if head != "arm"}
         assert number["remainder"] == (-number["gradients"] if row["arm"].startswith("SMT") else 0)

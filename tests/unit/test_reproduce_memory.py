@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,7 +28,7 @@ METHODS = ["smt", "lora", "lora-all", "rslora", "dora", "dense-v", "dense-qkv"]
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [*((method, dtype) for method in METHODS for dtype in ("float32", "bfloat16")), ("full", "float32")],
+    list(itertools.product([*METHODS, "full"], ["float32", "bfloat16"])),
 )
 def test_counted_is_measured(method, dtype):
     config = {
@@ -41,7 +43,8 @@ def test_counted_is_measured(method, dtype):
     counted = memory.count(LlamaConfig(**ARCHITECTURE), config, ROWS, TOKENS)
 
     torch.manual_seed(0)
-    model = memory.prepared(LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).to(getattr(torch, dtype)))
+    held = torch.float32 if arms.starts_in_fp32(method) else getattr(torch, dtype)
+    model = memory.prepared(LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).to(held))
     if dtype == "float32" and method == "smt":
         for parameter in model.parameters():  # as published weights: 16 bits hold them, but not narrower copies here
             parameter.data.add_(1e-4 * torch.randn_like(parameter))
@@ -51,8 +54,10 @@ def test_counted_is_measured(method, dtype):
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # a batch with padding, so that the mask is there
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-    saved = count_saved(arm, batch)
-    arm.model(**batch).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=arms.is_under_autocast(config)):
+        saved = count_saved(arm, batch)
+        loss = arm.model(**batch).loss
+    loss.backward()
     arm.optimizer.step()
     state = state_bytes(arm)
 
@@ -66,6 +71,9 @@ def test_counted_is_measured(method, dtype):
     assert 0 <= state["optimizer"] - counted.optimizer <= 4 * len(arm.trained)
     assert counted.originals == state["originals"]
     assert counted.activations == pytest.approx(saved, rel=0.02)
+    if method != "smt":  # fp32, which the paper has in the base's dtype
+        arm.model.to(getattr(torch, dtype))
+    assert counted.activations_in_paper_dtypes == pytest.approx(count_saved(arm, batch), rel=0.02)
 
 
 def test_the_smt_arm_keeps_less_than_lora_of_as_many_parameters():

@@ -2,6 +2,5 @@
 
 `subjects` are the models, `arms` the methods, `measure` what is measured of one of them, `worker` the process in which,
 `run` the order: all arms of a group take turns in one process, on the same weights, a floor step beside each, so that
-what the machine does meanwhile meets them alike; then each is counted in a fresh process (docs/adr/0021). Imports
-smtune's public surface; nothing of it is imported by other parts but the command line.
+what the machine does meanwhile meets them alike; then each is counted in a fresh process (docs/adr/0021).
 """

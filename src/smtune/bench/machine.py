@@ -53,8 +53,10 @@ def total_memory() -> int:
     return min(whole, int(given)) if given.isdigit() else whole
 
 
-def available_memory() -> int:
-    """Bytes that can be had now without swapping, as far as the system tells."""
+def available_memory(device: str = "cpu") -> int:
+    """Bytes that can be had now on a device, on "cpu" without swapping, as far as the system tells."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable"):
             return min(int(line.split()[1]) * 1024, total_memory())

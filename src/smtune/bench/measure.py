@@ -141,13 +141,13 @@ def peak_tensor_bytes(arm: Arm, batch: Batch) -> int:
     return before + max(accumulate(changes, initial=0))
 
 
-def alive_after_forward(arm: Arm, batch: Batch) -> int:
-    """Bytes of tensors that a forward leaves alive for its backward, however they are kept; 0 on a GPU: not counted.
+def alive_after_forward(arm: Arm, batch: Batch) -> int | None:
+    """Bytes of tensors that a forward leaves alive for its backward, however they are kept; None on a GPU: not counted.
 
     Saved-tensor hooks see only what goes through `save_for_backward`.
     """
     if device_of(arm).type == "cuda":
-        return 0
+        return None
     return sum(memory_changes(lambda: arm.model(**batch).loss))
 
 
@@ -170,11 +170,13 @@ def block_op_seconds(arm: Arm, batch: Batch, steps: int = 7) -> list[float]:
     For effects that are too small to be seen in the difference of two whole steps.
     """
     seconds = []
+    on_gpu = device_of(arm).type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     for _ in range(steps):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(activities=activities) as profiler:
             step(arm, batch)
         ours = [event for event in profiler.key_averages() if event.key.startswith("smtune::")]
-        seconds.append(sum(event.cpu_time_total for event in ours) / 1e6)
+        seconds.append(sum(event.device_time_total if on_gpu else event.cpu_time_total for event in ours) / 1e6)
     return seconds
 
 

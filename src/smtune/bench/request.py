@@ -42,6 +42,7 @@ class Request:
         device: "cpu" or "cuda".
         rival: the Python file of the arm `appendix-a`.
         quick: a tiny model, few arms, two rounds, in place of any suite.
+        anew: time arms of the comparing suites again that `output` has already; both records stay.
     """
 
     suites: Sequence[str] = ("layers7b",)
@@ -53,6 +54,7 @@ class Request:
     device: str = "cpu"
     rival: Path | None = None
     quick: bool = False
+    anew: bool = False
 
 
 def check(request: Request, writable: Sequence[Path]) -> None:
@@ -95,7 +97,9 @@ def _unknown(what: str, given: Sequence[str], known: Collection[str]) -> list[st
 
 
 def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Measure what has no record in `output` yet. Returns the file's content, and what kept series from being measured.
+    """Measure what has no record in `output` yet, or arms anew.
+
+    Returns the file's content, and what kept series from being measured.
 
     Args:
         request: checked.
@@ -106,7 +110,7 @@ def run(request: Request, output: Path, command: str, how: dict[str, Any]) -> tu
     threads = request.threads or cores()
     results = Results(output, describe(threads, request.device), command)
     rounds = 2 if request.quick else request.rounds
-    settings = How(rounds, threads, request.device, **how)
+    settings = How(rounds, threads, request.device, request.anew, **how)
     faults = []
     for job in jobs(request):
         try:

@@ -33,6 +33,12 @@ def identity(record: Mapping[str, Any]) -> tuple:
     return tuple(record.get(name) for name in names)
 
 
+def _gives_way(old: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether a record is replaced by another of its identity: unless it is of an arm's turns with other ones."""
+    is_of_turns = old["kind"] == "arm" and old.get("timed_on") and not old.get("error")
+    return not is_of_turns or old.get("control") == record.get("control")
+
+
 class Results:
     """Records by identity, in a file.
 
@@ -82,9 +88,14 @@ class Results:
         return self.values["records"]
 
     def find(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of this identity, unless it is to be done anew: a failure, or timed apart from its floor."""
-        found = (old for old in self.records if identity(old) == identity(record) and not old.get("error"))
-        return next((old for old in found if old.get("timed_on") or old["kind"] not in TIMED), None)
+        """The record of this identity, unless it is to be done anew: a failure, or timed apart from its floor.
+
+        Of several runs of an arm the one that is still to be counted, or else the last.
+        """
+        found = [old for old in self.records if identity(old) == identity(record) and not old.get("error")]
+        found = [old for old in found if old.get("timed_on") or old["kind"] not in TIMED]
+        uncounted = [old for old in found if old.get("uncounted")]
+        return (uncounted or found or [None])[-1]
 
     def has(self, record: Mapping[str, Any]) -> bool:
         """Whether `find` finds a record that nothing is missing of."""
@@ -92,12 +103,14 @@ class Results:
         return found is not None and not found.get("uncounted")
 
     def add(self, record: dict[str, Any]) -> None:
-        """Put a record in place of the one of the same identity, or at the end, and write the file.
+        """Put a record in place of the one that gives way to it, or at the end, and write the file.
 
-        It is kept with the day, the commit and the command that it was measured by.
+        It is kept with the day, the commit and the command that it was measured by. An arm that was timed with others
+        keeps the record of those turns beside that of later ones, since arms are compared within one process.
         """
         record = record | {"run": self.run}
-        places = [k for k, old in enumerate(self.records) if identity(old) == identity(record)]
+        same = [k for k, old in enumerate(self.records) if identity(old) == identity(record)]
+        places = [k for k in same if _gives_way(self.records[k], record)]
         if places:
             self.records[places[0]] = record
         else:

@@ -29,6 +29,7 @@ class How:
         rounds: timed rounds.
         threads: of each process; one is busy at a time.
         device: "cpu" or "cuda".
+        anew: time arms of the comparing suites that have records too, and keep both.
         say: told what is going on, often.
         tell: told of each finished record.
     """
@@ -36,6 +37,7 @@ class How:
     rounds: int
     threads: int
     device: str = "cpu"
+    anew: bool = False
     say: Say = lambda text: None
     tell: Say = lambda text: None
 
@@ -61,17 +63,18 @@ def run_series(series: Series, results: Results, how: How) -> None:
         ChildError: the floor cannot run.
     """
     floor = Case("floor", "floor", options=series.floor)
-    wanted = [case for case in series.cases if not results.has(series.record(case))]
+    anew = how.anew and series.kind == "arm"
+    wanted = [case for case in series.cases if anew or not results.has(series.record(case))]
     if len(wanted) < len(series.cases):
         how.tell(f"{series.suite}: {len(series.cases) - len(wanted)} of {len(series.cases)} arms are measured already")
-    untimed = [case for case in wanted if results.find(series.record(case)) is None]
+    untimed = [case for case in wanted if anew or results.find(series.record(case)) is None]
     wants_floor = series.kind == "arm" and not results.has(series.record(floor))
-    in_groups = list(groups(series, untimed, MEMORY_SHARE * machine.available_memory()))
+    in_groups = list(groups(series, untimed, MEMORY_SHARE * machine.available_memory(how.device)))
     if wants_floor and not in_groups and results.find(series.record(floor)) is None:
         in_groups = [[]]
     for group in in_groups:
         _Timing(series, floor, results, how).run(group)
-    timed = [case for case in wanted if results.find(series.record(case)) is not None]
+    timed = [case for case in wanted if (results.find(series.record(case)) or {}).get("uncounted")]
     if timed or wants_floor:
         _count(series, floor, timed, results, how)
 

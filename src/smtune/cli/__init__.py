@@ -43,7 +43,7 @@ INTERRUPTED = 130
 OUT_OF_MEMORY = (
     "For training, lower training.batch_size and raise training.gradient_accumulation_steps, or set "
     "training.gradient_checkpointing=true, dtype=bfloat16 or smt.accumulator_device=cpu; for evaluation, lower "
-    "evaluation.batch_size (--batch-size)."
+    "evaluation.batch_size (--batch-size), or give --dtype bfloat16, as for merging."
 )
 
 console = Console(stderr=True, highlight=False)
@@ -329,7 +329,7 @@ def merge(
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"Expected an adapter. {adapter} is a whole model already.")
     if dequantize:
-        model = smtune.dequantize(model, DTYPES[dtype])
+        model = smtune.dequantize(model, DTYPES[dtype], device="cpu")  # bitsandbytes' are on a GPU, if there is one
     elif any(map(is_quantised, model.modules())):
         raise InputError(
             "Expected a base in 16 or 32 bits: transformers cannot save a quantised checkpoint again, and quantising "
@@ -451,7 +451,7 @@ def main() -> None:
 
 def _let_the_first_tell() -> None:
     """Of several processes most find the same fault. The launcher ends this one once the first has told it."""
-    if int(os.environ.get("RANK", 0)):
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", 0)):
         time.sleep(30.0)
 
 

@@ -42,6 +42,7 @@ def bench(
     output: Annotated[Path, typer.Option(help="The JSON file; a stopped run goes on with it.")] = Path("bench.json"),
     page: Annotated[Path | None, typer.Option(help="The report. Default: beside the JSON file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model and few arms: a look, in a minute.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Time arms of layers7b and smollm2 again; keep both.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Measure nothing; write the page anew.")] = False,
 ) -> None:
     """Time and count training steps of SMT and its rivals beside the floor, interleaved; write JSON and a page."""
@@ -60,6 +61,7 @@ def bench(
         device=device,
         rival=rival,
         quick=quick,
+        anew=anew,
     )
     check(request, [output, page])
     faults: list[str] = []

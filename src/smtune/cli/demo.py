@@ -1,8 +1,7 @@
 """The newcomer's first command: SMT on a real model, with its accuracy before and after, in minutes on a laptop.
 
 SmolLM2-135M learns word problems of our own making (`smtune.data.arithmetic`). Every number is computed here and now;
-held-out questions are never among the training ones. The arms differ in nothing but what they train. Imports the
-layers below, as a part of the command line.
+held-out questions are never among the training ones. The arms differ in nothing but what they train.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def launch(arguments: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # RANK alone is also set by those who start one process a machine
         raise InputError("Expected --nproc without another launcher. Got both: leave --nproc out.")
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else processes
     if processes > n_devices:

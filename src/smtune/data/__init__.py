@@ -5,7 +5,7 @@
 
 Read in this order: `sources` (where rows come from), `formats` (the four shapes a row may have, the prompt),
 `encoding` (tokens, masks, batches), `arithmetic` and `comparison` (procedural tasks), `overlap` (test questions among
-the training ones). Imports torch, transformers, datasets and `smtune.errors`; nothing else of smtune.
+the training ones).
 """
 
 from smtune.data.arithmetic import arithmetic

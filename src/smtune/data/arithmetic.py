@@ -3,7 +3,7 @@
 GSM8K and its like are beyond small models; this can be learned in minutes by a model of 135 M parameters that is
 poor at it before, so it shows whether fine-tuning works at all. A problem is a template, names, things and numbers.
 Whether it belongs to training or to testing is decided by a hash of its question, so no number of problems and no
-choice of seeds can put one question into both. Imports `smtune.errors` and, of this package, `overlap`.
+choice of seeds can put one question into both.
 """
 
 from __future__ import annotations

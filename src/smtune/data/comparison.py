@@ -2,8 +2,7 @@
 
 The counterpart of `arithmetic` for tasks with options, which stand as in LLM-Adapters' PIQA. The answer is preceded by
 the number itself: a small model cannot find the number and its place at once. Blind guessing gets half of the
-questions. Whether a question belongs to training or to testing is decided by its hash. Imports, of this package,
-`arithmetic`.
+questions. Whether a question belongs to training or to testing is decided by its hash.
 """
 
 from __future__ import annotations

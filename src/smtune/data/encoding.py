@@ -10,7 +10,7 @@ model would not learn to stop; a begin-of-sequence token leads only if the token
 writes both, so nothing is added to a conversation.
 
 Labels are masked by position, never by id: for many models the padding token *is* the end-of-sequence token, whose
-label must stay. Imports torch, datasets and `smtune.errors` and, of this package, `formats` and `sources`.
+label must stay.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A `Record` is a checked row that knows where it stands; an `Example` is its text
 loss. All rows of a source are checked before any is used, so a bad one is met before training, not within it.
 
 The prompt of the instruction shape is Stanford Alpaca's, as in LLM-Adapters (Hu et al. 2023, arXiv:2304.01933);
-training and evaluation share the one function. Imports `smtune.errors` alone.
+training and evaluation share the one function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether test questions stand in the training data.
 
 A comparison on leaked questions measures memory. The published Math10K training set, for one, holds test questions
-of AddSub, MultiArith and SingleEq (LLM-Adapters' README). Imports nothing.
+of AddSub, MultiArith and SingleEq (LLM-Adapters' README).
 """
 
 from __future__ import annotations

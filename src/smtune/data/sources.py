@@ -1,8 +1,7 @@
 """Where rows come from: files, the data packaged with smtune, the hub, or a list of them.
 
 Files are JSON (an array of objects), JSON Lines and Parquet. A row keeps the place it stands at (path and line, or
-record number), so that whatever is wrong with it can be found. Imports datasets, `smtune.errors` and, of this
-package, `formats`, `arithmetic` and `comparison`.
+record number), so that whatever is wrong with it can be found.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     items = load_items(resolve_tasks(["boolq"])[0], "data/")
     evaluation = evaluate(model, tokenizer, items, protocol="likelihood", model_id="base", out_dir="results/")
 
-The protocols are LLM-Adapters' (Hu et al. 2023, arXiv:2304.01933) and option likelihood. Imports `smtune.data` for
-the prompt, torch, transformers and rich; never training or the tuner.
+The protocols are LLM-Adapters' (Hu et al. 2023, arXiv:2304.01933) and option likelihood.
 """
 
 from smtune.evaluation.answers import extract_answer, is_correct

@@ -2,7 +2,7 @@
 
 Follows `evaluate.py` and `commonsense_evaluate.py` of AGI-Edgerunners/LLM-Adapters, and departs where those
 misread: case is ignored ("True."), AQuA takes the answer stated and not the first capital in the text, numbers
-keep their thousands and fractions, and "10-5" holds no minus five. Imports only `tasks`.
+keep their thousands and fractions, and "10-5" holds no minus five.
 """
 
 from __future__ import annotations

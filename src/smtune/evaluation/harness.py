@@ -2,7 +2,7 @@
 
 `log_probs` asks its model class `HFLM` for what `tasks.Choice` scores. `write_task` writes items as a task of the
 harness, which `run_tasks`, or its own command with `--include_path`, runs; `agreement` compares its answers with ours,
-item by item. Imports `tasks`, `answers` and `results`; `lm_eval` only when it is used.
+item by item.
 
 Two things the harness does otherwise. It cuts prompt and answer into tokens as one text, where training and `run` cut
 them apart: the same tokens from a byte-level tokenizer, but not always from SentencePiece's. And it counts white space

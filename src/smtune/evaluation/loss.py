@@ -1,4 +1,4 @@
-"""The loss on held-out rows. Imports torch and `smtune.data`."""
+"""The loss on held-out rows."""
 
 from __future__ import annotations
 

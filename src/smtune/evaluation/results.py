@@ -1,7 +1,7 @@
 """Results of an evaluation: kept item by item, summarised per task, compared between runs.
 
 A run's folder holds `items.jsonl` (a header that identifies the run, then a line per item as it comes) and
-`summary.json`. Imports `tasks`, `answers`, `statistics` and `smtune.models`, and rich for the tables.
+`summary.json`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Two protocols. `generate` is LLM-Adapters': the Alpaca prompt of training, a completion (greedy, or by beam search), the
 answer read from it. `likelihood` picks the option whose text the model finds likeliest after the same prompt, so it
-needs no format to be learnt; `tasks.Choice` says what is scored, and `harness` scores it a second way. Imports the
-modules beside it, `smtune.data.encoding`, torch and transformers.
+needs no format to be learnt; `tasks.Choice` says what is scored, and `harness` scores it a second way.
 
 Shapes: B prompts in a batch, S sequences (one per option), T tokens of the longest, V vocabulary.
 """

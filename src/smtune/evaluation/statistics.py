@@ -1,4 +1,4 @@
-"""Intervals and tests for accuracies, in closed form. Imports nothing outside the standard library."""
+"""Intervals and tests for accuracies, in closed form."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def smallest_difference(item_deviation: float, n_items: int, seed_deviation: flo
     """
     items = item_deviation / math.sqrt(n_items)
     seeds = math.sqrt(2) * seed_deviation / math.sqrt(n_seeds) if n_seeds > 1 else 0.0
-    quantile = _student(n_seeds) if n_seeds > 1 else 0.0
+    quantile = student(n_seeds - 1) if n_seeds > 1 else 0.0
     return math.hypot(Z_95 * items, quantile * seeds) + Z_80 * math.hypot(items, seeds)
 
 
@@ -283,15 +283,14 @@ def _of_seeds(means: Sequence[float]) -> float:
     k = len(means)
     if k < 2:
         return 0.0
-    return _student(k) * stdev(means) / math.sqrt(k)
+    return student(k - 1) * stdev(means) / math.sqrt(k)
 
 
-def _student(k: int) -> float:
-    """Student's quantile of a two-sided 95 % interval for the mean of k > 1 values, right to three decimals.
+def student(n: int) -> float:
+    """Student's quantile of a two-sided 95 % interval for n > 0 degrees of freedom, right to three decimals.
 
     Source: from 10 degrees of freedom on the normal quantile's expansion, Abramowitz and Stegun 1964, 26.7.5.
     """
-    n = k - 1
     if n <= len(_T_95):
         return _T_95[n - 1]
     z = Z_95

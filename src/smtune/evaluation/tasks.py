@@ -1,7 +1,7 @@
 """The evaluation tasks: what each asks for, how its records are read, and the options they spell out.
 
 Records are LLM-Adapters' (Hu et al. 2023, arXiv:2304.01933): one JSON object with `instruction`, `input` and
-`answer`, the options written inside the instruction. Imports `smtune.data` for records and prompt.
+`answer`, the options written inside the instruction.
 """
 
 from __future__ import annotations

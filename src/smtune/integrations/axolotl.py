@@ -9,8 +9,7 @@ Axolotl reads the training rows before the model and has no hook that sees both.
 Axolotl's stead, with Axolotl's own function, keeps them, and scores the blocks with them where Axolotl asks for the
 adapter. The plan goes to `<output_dir>/plan.json`, from where a resumed run takes it; `smt.plan` names a plan made
 before, which preference training (`rl`) and streamed rows need. Targets beside the blocks have Axolotl's own keys:
-`lora_modules_to_save`, `peft_trainable_token_indices`, `peft_layers_to_transform`. Imports axolotl, peft, pydantic,
-accelerate and, of smtune, the package itself, `data` and `errors`.
+`lora_modules_to_save`, `peft_trainable_token_indices`, `peft_layers_to_transform`.
 """
 
 from __future__ import annotations

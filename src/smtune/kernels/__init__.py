@@ -2,7 +2,7 @@
 
 `block_grad` is the one weight-gradient that Sparse Matrix Tuning computes (paper §3.1, equation 2, restricted to the
 selected blocks); `block_product_` adds blocks acting beside an untouched weight. Both are dispatched by device to the
-implementations in this folder. Imports torch and `smtune.blocks` alone; triton only once there is a tensor on a GPU.
+implementations in this folder.
 """
 
 from smtune.kernels.dispatch import block_grad, block_grad_compact, block_product_, flatten

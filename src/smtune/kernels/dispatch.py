@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -132,7 +133,7 @@ def _block_product_flop(y_shape, x_shape, blocks_shape, *args, **kwargs) -> int:
 
 
 def _triton_kernels(x: Tensor, block_size: int) -> ModuleType | None:
-    """The module of Triton kernels, where Triton is installed and they take these operands on this GPU."""
+    """The module of Triton kernels, where Triton is there, starts, and takes these operands on this GPU."""
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and block_size % 16 == 0
     return _triton_kernels_on(x.device) if fits else None
 
@@ -141,4 +142,14 @@ def _triton_kernels(x: Tensor, block_size: int) -> ModuleType | None:
 def _triton_kernels_on(device: torch.device) -> ModuleType | None:
     if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    return import_module("smtune.kernels.triton_blocks")
+    kernels = import_module("smtune.kernels.triton_blocks")
+    try:
+        kernels.start()
+    except Exception as error:  # whatever it is, the loop does without
+        warnings.warn(
+            f"Expected Triton to start, which wants a C compiler and Python's headers (gcc, python3-dev). Got "
+            f"{type(error).__name__}: {error}. Blocks are multiplied one by one, which is slower.",
+            stacklevel=2,
+        )
+        return None
+    return kernels

@@ -40,6 +40,11 @@ CONFIGS = [
 ]
 
 
+def start() -> None:
+    """Start Triton's driver, a part of which is compiled then. Raises whatever keeps it from that."""
+    triton.runtime.driver.active.get_current_target()
+
+
 def _fitting(configs: Sequence[triton.Config], named_args: dict, L: int, **_) -> list[triton.Config]:
     """The configurations whose tile divides l, without those that are small for no need."""
     largest = max(config.kwargs["TILE"] for config in configs if L % config.kwargs["TILE"] == 0)

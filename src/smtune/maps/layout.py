@@ -2,8 +2,6 @@
 
 A projection is a kind (q, k, v; see `smtune.selection`), so that a fused matrix is drawn as the projections it holds.
 Where kinds are not known it is the last component of a module's path.
-
-Imports `smtune.selection` alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What a plan, a run and a comparison look like: figures for files, tables for the terminal.
-
-Imports matplotlib, rich, and from smtune `maps` and the values it shows: `selection` and `evaluation.statistics`.
-Only the command line imports it.
-"""
+"""What a plan, a run and a comparison look like: figures for files, tables for the terminal."""
 
 from smtune.report.figures import accuracy_bars, block_map, loss_curve, projection_shares
 from smtune.report.tables import plan_table

@@ -1,7 +1,4 @@
-"""Values with intervals against a number: learning rates, budgets; or bars where there is no axis to speak of.
-
-Imports matplotlib, `smtune.maps` and `smtune.evaluation.statistics`.
-"""
+"""Values with intervals against a number: learning rates, budgets; or bars where there is no axis to speak of."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from smtune.evaluation.statistics import Estimate
-from smtune.maps.picture import COLOURS, INK, clean, new_figure, save, series_style, set_title
+from smtune.maps.style import COLOURS, INK, clean, new_figure, save, series_style, set_title
 
 Points = Sequence[tuple[float, Estimate]]
 

@@ -1,8 +1,7 @@
 """Figures of a plan (paper, Figures 4 and 5), of training runs and of accuracies.
 
 Every function writes one file, its format by the suffix of `path`, and returns the matplotlib figure for more. The
-block map and the style come from `smtune.maps.picture`. Imports matplotlib, numpy, `smtune.maps`, `smtune.selection`
-and `smtune.evaluation.statistics`.
+block map comes from `smtune.maps.picture`, the style from `smtune.maps.style`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from smtune.evaluation.statistics import Estimate
 from smtune.maps import layout
-from smtune.maps.picture import COLOURS, GREY, INK, block_map, clean, new_figure, save, series_style, set_title, totals
+from smtune.maps.picture import block_map, totals
+from smtune.maps.style import COLOURS, GREY, INK, clean, new_figure, save, series_style, set_title
 from smtune.selection import Plan
 
 __all__ = ["accuracy_bars", "block_map", "loss_curve", "projection_shares"]

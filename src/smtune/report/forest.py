@@ -1,7 +1,4 @@
-"""Values and differences with their intervals, one below the other; and one value against another with both.
-
-Imports matplotlib, `smtune.maps` and `smtune.evaluation.statistics`.
-"""
+"""Values and differences with their intervals, one below the other; and one value against another with both."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smtune.evaluation.statistics import TIE, Estimate, Verdict
-from smtune.maps.picture import COLOURS, FAINT, GREY, INK, clean, new_figure, save, set_title
+from smtune.maps.style import COLOURS, FAINT, GREY, INK, clean, new_figure, save, set_title
 
 OF_VERDICT = {"better": COLOURS[2], "worse": COLOURS[1], "tie": COLOURS[0], "undecided": GREY}
 

@@ -1,4 +1,4 @@
-"""Tables of a plan for the terminal. Imports rich and `smtune.selection`."""
+"""Tables of a plan for the terminal."""
 
 from __future__ import annotations
 

@@ -31,6 +31,15 @@ def starts_in_fp32(method: str) -> bool:
     return method == "full"
 
 
+def is_under_autocast(config: Mapping[str, Any]) -> bool:
+    """Whether a cell's products are made bf16 by autocast, as by Hugging Face's Trainer with `bf16=True`.
+
+    PEFT multiplies LoRA's fp32 factors in fp32 otherwise. SMT's blocks, and entries of sparse rivals, stand in the
+    base's weights, which are bf16.
+    """
+    return config["dtype"] == "bfloat16" and config["method"].startswith(("full", "lora", "rslora", "dora"))
+
+
 def make_plan(model: nn.Module, config: Mapping[str, Any], batches: Iterable[Batch]) -> Plan:
     """The plan of an SMT cell, from warm-up batches."""
     criterion = config["criterion"]
@@ -103,7 +112,7 @@ def reselect(arm: bench.Arm, config: Mapping[str, Any], batches: Iterable[Batch]
     for name, tensor in _block_tensors(new.model).items():
         if name not in old_tensors:
             continue
-        places = {pair: place for place, pair in enumerate(old_plan.index(name).pairs)}
+        places = old_plan.index(name).positions
         both = [(places[pair], k) for k, pair in enumerate(plan.index(name).pairs) if pair in places]
         if both:
             before, after = torch.tensor(both).unbind(1)

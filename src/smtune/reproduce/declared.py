@@ -1,7 +1,7 @@
 """What the YAML files beside this module declare: experiments (what is compared) and tiers (on what, and how).
 
 An experiment lists rows; a tier gives the model, data, recipe, seeds and learning rates that fill them in. Unknown keys
-are faults. Imports pydantic and yaml.
+are faults.
 """
 
 from __future__ import annotations

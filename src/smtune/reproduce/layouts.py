@@ -1,7 +1,7 @@
 """The paper's layouts filled with our cells: a page, a table and figures for each experiment.
 
 Ours and the paper's numbers are never in one table. A table that is not complete says so in a row of its own; what
-comes of a trial with fewer steps, items or cells is headed as no result. Imports matplotlib by `smtune.report`.
+comes of a trial with fewer steps, items or cells is headed as no result.
 """
 
 from __future__ import annotations

@@ -38,7 +38,11 @@ SPARSE = ("shira", "supertuning", "sift", "rows", "smt-basis")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a step, and how many parameters are trained of how many."""
+    """Bytes of a step, and how many parameters are trained of how many.
+
+    `activations` are those of training as `smtune reproduce` does it, in a bf16 tier under autocast where what is
+    trained multiplies; `activations_in_paper_dtypes` those of a model that holds what is trained in the base's dtype.
+    """
 
     base: int
     trained: int
@@ -46,6 +50,7 @@ class Memory:
     optimizer: int
     originals: int
     activations: int
+    activations_in_paper_dtypes: int
     trained_parameters: int
     total_parameters: int
 
@@ -55,9 +60,9 @@ class Memory:
 
     @property
     def with_paper_dtypes(self) -> int:
-        """The same where trained values, gradients and moments are bf16, as in the paper."""
+        """The same where trained values, gradients and moments are bf16, as in the paper, and so products are."""
         state = self.trained + self.gradients + self.optimizer
-        return self.total - state + state // 2
+        return self.total - state // 2 - self.activations + self.activations_in_paper_dtypes
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self) | {"total": self.total, "with_paper_dtypes": self.with_paper_dtypes}
@@ -78,8 +83,9 @@ def count(architecture: PreTrainedConfig, config: Mapping[str, Any], rows: int, 
         rows, tokens: of a micro batch.
     """
     method = config["method"]
+    dtype = torch.float32 if arms.starts_in_fp32(method) else DTYPES[config["dtype"]]
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config["dtype"]])
+        model: Any = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
     model.tie_weights()
     prepared(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -103,7 +109,11 @@ def count(architecture: PreTrainedConfig, config: Mapping[str, Any], rows: int, 
             arm = arms.build(model, config, None, plan)
         model, trained = arm.model, sum(parameter.numel() for parameter in arm.trained)
         base = 0 if arms.starts_in_fp32(method) else base
-    activations = _saved_bytes(model, rows, tokens) + columns if trained else 0
+    activations = in_paper_dtypes = 0
+    if trained:
+        with torch.autocast("cpu", torch.bfloat16, enabled=arms.is_under_autocast(config)):
+            activations = _saved_bytes(model, rows, tokens) + columns
+        in_paper_dtypes = _saved_bytes(model, rows, tokens, DTYPES[config["dtype"]]) + columns
     return Memory(
         base=base,
         trained=FP32 * trained,
@@ -111,6 +121,7 @@ def count(architecture: PreTrainedConfig, config: Mapping[str, Any], rows: int, 
         optimizer=FP32 * ADAM_MOMENTS * trained,
         originals=originals,
         activations=activations,
+        activations_in_paper_dtypes=in_paper_dtypes,
         trained_parameters=trained,
         total_parameters=total,
     )
@@ -120,22 +131,26 @@ def _with_blocks(layer: Mapping[str, nn.Module], plan: Plan) -> list[nn.Module]:
     return [module for name, module in layer.items() if name in plan.modules and plan.modules[name].rows]
 
 
-def _saved_bytes(model: nn.Module, rows: int, tokens: int) -> int:
-    """Bytes that a forward keeps for the backward, each storage once, parameters and buffers left out."""
+def _saved_bytes(model: nn.Module, rows: int, tokens: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes that a forward keeps for the backward, each storage once, parameters and buffers left out.
+
+    Args:
+        dtype: of all parameters. None: their own.
+    """
     with FakeTensorMode():
-        _make_fake(model)
+        _make_fake(model, dtype)
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return saved_bytes(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Replace every tensor by a fake one, tied ones by the same; within a FakeTensorMode."""
+def _make_fake(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace every tensor by a fake one, tied ones by the same, parameters by some of `dtype`; in a FakeTensorMode."""
     fakes: dict[int, Any] = {}
 
     def fake(tensor: Tensor) -> Any:
         if id(tensor) not in fakes:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
+            empty = torch.empty(tensor.shape, dtype=dtype if dtype is not None and is_parameter else tensor.dtype)
             fakes[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         return fakes[id(tensor)]
 

@@ -1,7 +1,6 @@
 """Optimizers of the study for tensors of blocks, (m, l, l): AdamW with a count of steps for each block, and Muon.
 
-All their state has m in front, so that a plan that changes during training can carry it over block by block. Imports
-torch alone.
+All their state has m in front, so that a plan that changes during training can carry it over block by block.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a call of `smtune reproduce` fixes for all its cells: the tier, where its data is, and what is cut short.
 
-Data is read and hashed once; the overlap of training and test questions is counted here. Imports the data, the models
-and the evaluation.
+Data is read and hashed once; the overlap of training and test questions is counted here.
 """
 
 from __future__ import annotations

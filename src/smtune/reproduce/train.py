@@ -55,7 +55,7 @@ def fit(
     Args:
         stream: of micro batches.
         recipe: see `declared.Recipe`.
-        autocast: make products in bf16, for weights that are fp32 in a bf16 tier.
+        autocast: make products in bf16, for trained weights that are fp32 in a bf16 tier.
         change: after every so many steps but the last, what makes another arm of this one, to go on with.
     Returns:
         The loss of every step; it ends early after one that is not finite. And the arm at the end.

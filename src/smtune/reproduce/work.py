@@ -129,7 +129,6 @@ def _fit(
     arm = arms.build(model, config, _scoring_batches(config, tokenizer, family, setting, device))
     measured["preparing_seconds"] += round(time.perf_counter() - started, 2)
     started = time.perf_counter()
-    autocast = config["dtype"] == "bfloat16" and arms.starts_in_fp32(config["method"])
     every = config.get("reselect_every")
     change = (every, lambda arm: arms.reselect(arm, config, stream())) if every else None
     losses, arm = fit(
@@ -138,7 +137,7 @@ def _fit(
         recipe,
         steps,
         config["learning_rate"],
-        autocast,
+        arms.is_under_autocast(config),
         lambda step: on_step(step, steps),
         change,
     )
@@ -180,6 +179,8 @@ def _time(config: Mapping[str, Any], setting: Setting, device: torch.device, on_
     parts = recipe["batch_size"] // recipe["micro_batch_size"]
     seconds = []
     arm.model.train()
+    if arms.is_under_autocast(config):
+        arm.model.forward = torch.autocast(device.type, torch.bfloat16)(arm.model.forward)
     for step in range(warmup + steps):
         taken = [timed_step(arm, next(stream), update=part == parts) for part in range(1, parts + 1)]
         seconds.append(sum(sum(phases.values()) for phases in taken))

@@ -1,7 +1,4 @@
-"""What happens beside the steps of Hugging Face's Trainer: checkpoints, metrics and progress.
-
-Imports transformers, accelerate, rich and `smtune.training.folder`.
-"""
+"""What happens beside the steps of Hugging Face's Trainer: checkpoints, metrics and progress."""
 
 from __future__ import annotations
 
@@ -93,15 +90,13 @@ class Metrics(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "eval_loss" in logs:
+            _check_finite("loss of the rows held out", logs["eval_loss"], args, state)
             self._log_held_out(state, logs)
             return
         if not logs or "loss" not in logs:  # Trainer's summary at the end
             return
-        if not math.isfinite(logs["loss"]):
-            raise InputError(
-                f"Expected a finite loss. Got {logs['loss']} at step {state.global_step}: lower "
-                f"training.learning_rate ({args.learning_rate:g}), or lengthen the warm-up."
-            )
+        for what, key in (("loss", "loss"), ("gradient", "grad_norm")):
+            _check_finite(what, logs.get(key), args, state)
         now = time.perf_counter()
         event = {
             "step": state.global_step,
@@ -129,6 +124,15 @@ class Metrics(TrainerCallback):
     def _append(self, event: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+
+
+def _check_finite(what: str, value: float | None, args: TrainingArguments, state: TrainerState) -> None:
+    """Raises InputError for what has no number any more. Logging comes before a checkpoint, which so stays sound."""
+    if value is not None and not math.isfinite(value):
+        raise InputError(
+            f"Expected a finite {what}. Got {value} at step {state.global_step}: lower training.learning_rate "
+            f"({args.learning_rate:g}), or lengthen the warm-up."
+        )
 
 
 class TrainProgress(TrainerCallback):

@@ -1,8 +1,7 @@
 """The YAML configuration of a training run: its fields, its defaults, and how a faulty one is refused.
 
 All faults are reported together, each by its dotted key, with what was expected, what came and the closest key that
-exists. The core never sees this configuration; `smtune.training.run` translates it. Imports pydantic, yaml,
-torch and the core's own checks.
+exists. The core never sees this configuration; `smtune.training.run` translates it.
 """
 
 from __future__ import annotations

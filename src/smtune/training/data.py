@@ -1,7 +1,4 @@
-"""What a run trains on: its rows as tokens, those that are held out, and the record by which a resumed run knows them.
-
-Imports `smtune.data`, `smtune.models` and the configuration and folder of a run.
-"""
+"""What a run trains on: its rows as tokens, those held out, and the record by which a resumed run knows them."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@
     plan.json         the selected blocks
 
 After a dense warm-up, checkpoints/dense-warm-up is the model that it left, which the later checkpoints go with.
-
-Imports `smtune.training.config` and `smtune.errors`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from typing import Any
 import yaml
 
 from smtune.errors import InputError
-from smtune.files import let_read, not_writable, sync, sync_folder, write_json, write_text
+from smtune.files import not_writable, settle, sync, sync_folder, write_json, write_text
 from smtune.training.config import TrainConfig, load_config
 
 COMPLETE = "COMPLETE"
@@ -241,9 +239,11 @@ def mark_complete(checkpoint: Path) -> None:
 
 def _tells_of_full_disk(error: Exception) -> bool:
     """Safetensors' error holds no number, and torch's says no more than that a write came to another place."""
+    text = str(error)
+    if "/dev/shm" in text:  # shared memory, of which containers have little: the error itself says what to do
+        return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    text = str(error)
     return "No space left on device" in text or (isinstance(error, RuntimeError) and "unexpected pos" in text)
 
 
@@ -256,8 +256,6 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 def _fault_of_checkpoint(checkpoint: Path) -> str | None:
     """What of a complete checkpoint is not as it was written, or None."""
     text = (checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace")
-    if not text:
-        return None  # an older marker, which said no more
     try:
         files: dict[str, int] = json.loads(text)["files"]
     except (ValueError, TypeError, KeyError):
@@ -310,10 +308,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
-        let_read(temporary)
-        sync_folder(temporary)
-        temporary.rename(path)
-        sync(path.parent)
+        settle(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -1,7 +1,4 @@
-"""One process at a time in the folder of a run or an evaluation, by a lock that the system releases when it ends.
-
-Imports `smtune.errors`.
-"""
+"""One process at a time in the folder of a run or an evaluation, by a lock that the system releases when it ends."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The model of a run: loaded as its method needs it, its blocks chosen, and wrapped so that it can be trained.
-
-Imports peft, `smtune.data`, `smtune.models`, the core and the tuner, and of this package `config` and `warmup`.
-"""
+"""The model of a run: loaded as its method needs it, its blocks chosen, and wrapped so that it can be trained."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What a run leaves behind: the folder of what was trained, and the final numbers.
-
-Imports transformers, `smtune.models`, `smtune.sharded`, the tuner and, of this package, `config`, `folder` and
-`trainer`.
-"""
+"""What a run leaves behind: the folder of what was trained, and the final numbers."""
 
 from __future__ import annotations
 

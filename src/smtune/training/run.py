@@ -2,7 +2,7 @@
 
 `train` does it, `dry_run` checks everything that can be checked without the weights and says what `train` would do.
 The recipe is one for all methods: the same rows in the same order, fp32 for whatever is trained, no weight decay
-unless asked for. Imports the data, the models, the core and PEFT; never evaluation.
+unless asked for.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class WorkPlan:
     """What a run would do.
 
     Attributes:
-        rows, tokens: of one epoch; an example is a row. data: what became of the examples, in words.
+        rows: of one epoch; an example is a row. data: what became of the examples, in words.
         steps: optimizer steps; rows_per_step over all devices.
         checkpoints: written on the way. writes: paths that will be written, in order.
         remarks: what is allowed, but hardly meant.
@@ -82,7 +82,6 @@ class WorkPlan:
     trainable_parameters: int
     blocks: str
     rows: int
-    tokens: int
     data: str
     epochs: float
     steps: int
@@ -311,7 +310,6 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         trainable_parameters=foreseen.trainable_parameters,
         blocks=blocks,
         rows=len(data.rows),
-        tokens=sum(data.rows["length"]),
         data=data.summary,
         epochs=steps / per_epoch,
         steps=steps,

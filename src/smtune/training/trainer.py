@@ -1,7 +1,4 @@
-"""Hugging Face's Trainer as a configuration asks for it: its engine, its arguments, and the order of rows.
-
-Imports transformers, accelerate and, of this package, `config` and `folder`.
-"""
+"""Hugging Face's Trainer as a configuration asks for it: its engine, its arguments, and the order of rows."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import str_to_bool
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -27,6 +25,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from smtune.errors import InputError, did_you_mean
 from smtune.training.config import TrainConfig
 from smtune.training.folder import RunFolder
+
+HOURS_TO_WAIT = 2
+"""That processes wait for the first, which may read or write a whole large model meanwhile."""
 
 # Engine ---------------------------------------------------------------------------------------------------------------
 
@@ -42,8 +43,8 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
         raise InputError(
             "training.deepspeed: deepspeed is not installed: `pip install -e '.[distributed]'` in a clone of smtune."
         )
-    if isinstance(deepspeed, str):
-        _read_engine_file(deepspeed)
+    _check_deepspeed(config, _deepspeed_values(config))
+    _check_precision(config)
     if deepspeed is not None and processes is None and "LOCAL_RANK" not in os.environ:
         raise InputError(
             "training.deepspeed: expected a launcher, which one process needs, too. Got none: start it with --nproc 1 "
@@ -63,9 +64,71 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
         _check_fsdp(config)
 
 
+def _check_precision(config: TrainConfig) -> None:
+    """Raises InputError for a launcher's mixed precision: Trainer would cast what the recipe multiplies in fp32."""
+    by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if by_launcher != "no" and not (by_launcher == "bf16" and _is_in_bf16(config)):
+        raise InputError(
+            "dtype: expected accelerate launch to leave the precision to the recipe, and so its mixed_precision to be "
+            f"'no'. Got {by_launcher!r}: launch with --mixed_precision no."
+        )
+
+
+def _is_in_bf16(config: TrainConfig) -> bool:
+    """Whether Trainer computes in bf16 what is trained in fp32: full fine-tuning of a model that is to be bf16."""
+    return config.method == "full" and config.dtype == "bfloat16"
+
+
+def _deepspeed_values(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration, of the recipe or a launcher; empty without one."""
+    if isinstance(config.training.deepspeed, dict):
+        return config.training.deepspeed
+    by_launcher = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if _uses_deepspeed(config) else "none"
+    path = config.training.deepspeed or by_launcher
+    return {} if path == "none" else _read_engine_file(path)
+
+
+def _check_deepspeed(config: TrainConfig, values: dict[str, Any]) -> None:
+    """Raises InputError for a configuration of DeepSpeed that contradicts the recipe."""
+    training = config.training
+    source = "training.deepspeed" if training.deepspeed is not None else "The launcher's file of DeepSpeed"
+    of_recipe = {
+        "train_micro_batch_size_per_gpu": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16.enabled": _is_in_bf16(config),
+        "fp16.enabled": False,
+        "optimizer.params.lr": training.learning_rate,
+        "optimizer.params.weight_decay": training.weight_decay,
+    }
+    for name, expected in of_recipe.items():
+        found: Any = values
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found not in (None, "auto", expected):
+            raise InputError(
+                f'{source}: expected {name} of "auto", or {expected!r} as the recipe has it. Got {found!r}.'
+            )
+    if "scheduler" in values:
+        raise InputError(
+            f"{source}: expected no scheduler, since training.schedule and the warm-up say how the rate changes. Got "
+            "one, which would be used instead: leave it out."
+        )
+    if values and training.deepspeed is None and "gradient_clipping" not in values:
+        raise InputError(
+            f'{source}: expected "gradient_clipping": "auto", so that training.max_grad_norm is heard. Got none, which '
+            "clips at 1: add it."
+        )
+
+
+def _fsdp_keys(config: TrainConfig) -> dict[str, Any]:
+    """The recipe's keys for FSDP as Trainer reads them."""
+    return {key.removeprefix("fsdp_"): value for key, value in (config.training.fsdp or {}).items()}
+
+
 def _check_fsdp(config: TrainConfig) -> None:
     """Raises InputError for what gives parameters other names, by which nothing could be loaded again."""
-    keys = {key.removeprefix("fsdp_"): value for key, value in (config.training.fsdp or {}).items()}  # as Trainer
+    keys = _fsdp_keys(config)
     by_launcher = os.environ.get("FSDP_VERSION", "1")  # which Trainer's own keys do not look at
     if str(keys.get("version", by_launcher if config.training.fsdp is None else 2)) != "2":
         raise InputError(
@@ -111,20 +174,20 @@ def _start_deepspeed_on_cpus() -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(backend="gloo")
+    PartialState(backend="gloo", timeout=timedelta(hours=HOURS_TO_WAIT))
 
 
 def loads_on_first(config: TrainConfig) -> bool:
     """Whether only the first process is to read the weights; Accelerate then gives the others their parts of them."""
     by_launcher = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    asked = (config.training.fsdp or {}).get("cpu_ram_efficient_loading", _uses_fsdp() and by_launcher)
+    asked = _fsdp_keys(config).get("cpu_ram_efficient_loading", _uses_fsdp() and by_launcher)
     return config.method != "full" and str(asked).lower() == "true"
 
 
 @contextmanager
 def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
     """Load all of the weights on every process, for scoring, where ZeRO-3 would give each a part."""
-    by_parts = getattr(arguments, "hf_deepspeed_config", None)
+    by_parts = getattr(arguments, "hf_deepspeed_config", None) or getattr(arguments.deepspeed_plugin, "dschf", None)
     unset_hf_deepspeed_config()
     try:
         yield
@@ -189,8 +252,10 @@ def training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgume
         lr_scheduler_type=SCHEDULES.get(training.schedule, training.schedule),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        deepspeed=_read_engine_file(training.deepspeed) if isinstance(training.deepspeed, str) else training.deepspeed,
-        bf16=config.method == "full" and config.dtype == "bfloat16",
+        # DeepSpeed clips at 1 where its configuration does not say.
+        deepspeed=None if training.deepspeed is None else {"gradient_clipping": "auto"} | _deepspeed_values(config),
+        bf16=_is_in_bf16(config),
+        ddp_timeout=HOURS_TO_WAIT * 3600,
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -236,6 +301,18 @@ class _LengthGrouped(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+class _Epochs(TrainerCallback):
+    """Tells a sampler its epoch, since Trainer does not reach it in a run of several processes that is resumed."""
+
+    def __init__(self, sampler: _LengthGrouped) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0.0))
+
+
 class RecipeTrainer(Trainer):
     lengths: list[int] | None = None
     """Tokens of each row, to group rows by; None: a random order."""
@@ -250,4 +327,6 @@ class RecipeTrainer(Trainer):
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _LengthGrouped(self.lengths, batch_size, self.args.data_seed or 0)
+        sampler = _LengthGrouped(self.lengths, batch_size, self.args.data_seed or 0)
+        self.add_callback(_Epochs(sampler))
+        return sampler

@@ -8,8 +8,6 @@ the base, so that no adapter of blocks can express what was trained: save the wh
     model = peft.get_peft_model(model, config.with_plan(plan))
     ...
     model.merge_and_unload().save_pretrained("model/")
-
-Imports torch, the core and the tuner.
 """
 
 from __future__ import annotations

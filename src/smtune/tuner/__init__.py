@@ -1,7 +1,7 @@
 """SMT as a PEFT method: `SMTConfig`, `SMTModel`, `SMTLayer`, in the roles of every PEFT tuner.
 
 Importing this package registers the method with PEFT, once, so that saving, loading, several adapters, merging,
-Trainer and TRL work as for PEFT's own. Imports torch, peft and the core below.
+Trainer and TRL work as for PEFT's own.
 """
 
 from smtune.tuner.combine import add_weighted_adapter, hotswap_adapter

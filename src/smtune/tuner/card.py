@@ -2,7 +2,7 @@
 
 PEFT writes README.md when a model is saved and then lets the configuration save itself; `SMTConfig` adds this part
 there, so that every saved SMT adapter has it: by itself PEFT stops at one with a bare `KeyError: 'SMT'`
-(docs/adr/0009). Imports peft, `smtune.maps` and `smtune.selection`.
+(docs/adr/0009).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 `add_weighted_adapter` is exact for SMT: deltas of blocks add up, so the sum of adapters is an adapter over the union
 of their plans. `hotswap_adapter` gives a loaded adapter another one's plan and values without building the model anew.
-Imports torch, peft and the tuner.
 """
 
 from __future__ import annotations
@@ -214,12 +213,11 @@ def _config_for(plan: Plan, of_parts: Sequence[SMTConfig]) -> SMTConfig:
 
 def _weighted_sum(layer: SMTLinear, adapters: Sequence[str], weights: Sequence[float], places: BlockIndex) -> Tensor:
     """Σ weight · delta over `places`, (m, l, l) in the deltas' dtype."""
-    position = {pair: k for k, pair in enumerate(places.pairs)}
     terms = [(weight, layer._blocks(name)) for name, weight in zip(adapters, weights) if name in layer.smt_blocks]
     example = terms[0][1]()
     total = example.new_zeros(len(places), *example.shape[1:], requires_grad=False)
     for weight, blocks in terms:
-        slots = torch.tensor([position[pair] for pair in blocks.places.pairs], device=total.device)
+        slots = torch.tensor([places.positions[pair] for pair in blocks.places.pairs], device=total.device)
         total[slots] += weight * blocks().detach()
     return total
 

@@ -140,8 +140,7 @@ class _Positions:
     """Where the blocks of an index stand in another."""
 
     def __init__(self, index: BlockIndex, within: BlockIndex) -> None:
-        place = {pair: k for k, pair in enumerate(within.pairs)}
-        self._host = [place[pair] for pair in index.pairs]
+        self._host = [within.positions[pair] for pair in index.pairs]
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
@@ -283,8 +282,10 @@ class SMTLinear(nn.Module, SMTLayer):
             kept = itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())
             device = next((tensor.device for tensor in kept), None)
         if device is None or device.type == "meta":
-            # The base is elsewhere. FSDP2 under Accelerate tells what is trained by its memory, so there must be some.
-            device = torch.device("cpu")
+            # The base is elsewhere: `device_map` brings it to its device for each use, where blocks are needed too.
+            # FSDP2 under Accelerate tells what is trained by its memory, so there must be some.
+            place = getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None)
+            device = torch.device("cpu" if place is None else place)
         return Blocks(places, dtype, device, init_weights)
 
     def swap_adapter(self, adapter_name: str, blocks: Blocks | None) -> None:
@@ -364,10 +365,9 @@ class SMTLinear(nn.Module, SMTLayer):
         with torch.inference_mode(False):  # kept for later uses, which may be in training
             originals = gather(self._weight_OI(), self._union)
             if known is not None and known_places is not None and known_places.grid == self._union.grid:
-                positions = {pair: k for k, pair in enumerate(known_places.pairs)}
                 for k, pair in enumerate(self._union.pairs):
-                    if pair in positions:
-                        originals[k] = known[positions[pair]]
+                    if pair in known_places.positions:
+                        originals[k] = known[known_places.positions[pair]]
             self.smt_originals = _narrowed(originals)
 
     def _adapters(self, names: Sequence[str]) -> _ActiveSet | None:

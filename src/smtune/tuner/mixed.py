@@ -3,7 +3,7 @@
 For evaluation and generation. The blocks act beside the weight in both modes: one weight cannot hold the blocks of
 several adapters at once, so resident ones step out of it for the call. Threads may mix at the same time, each its own
 names. But in resident mode no thread may call the model without `adapter_names` meanwhile, which writes blocks into the
-weight that the others read as the base. Imports torch, peft and `SMTLinear`.
+weight that the others read as the base.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Blocks act beside a quantised weight (additive mode), which stays as it is. Merg
 so rounds away a part of what was trained; `dequantize` first, then merging, keeps all of it:
 
     merged = smtune.dequantize(model, torch.float32).merge_and_unload()
-
-Imports torch, peft and the modules below.
 """
 
 from __future__ import annotations
@@ -68,7 +66,7 @@ def dense_weight(layer: Any) -> Tensor:
     return weight
 
 
-def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
+def dequantize(model: ModelT, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ModelT:
     """Make every quantised weight of a model dense, in place; a `PeftModel` keeps its adapters.
 
     Merging afterwards loses nothing but the rounding to `dtype`. The dense model computes what the quantised one did
@@ -78,6 +76,8 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         model: a transformers model, or a `PeftModel` around one.
         dtype: of the base's floating weights afterwards, and of frozen `modules_to_save`. None: that which the base's
             have outside quantised layers. Blocks, trained tokens and what requires a gradient stay as they are.
+        device: where the model is to be: with "cpu", a GPU that holds the quantised one needs no room for the dense.
+            None: each weight stays where it is.
     Returns:
         The model, no longer recorded as a quantised one, so that saving it writes a plain checkpoint.
     Raises:
@@ -92,10 +92,11 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
             f"Expected adapters that are not merged. Those of {merged[0]} are: they have been quantised with its "
             "weight. Call `model.unmerge_adapter()` first."
         )
-    weights = {name: _dequantised(module) for name, module in quantised.items()}
     is_asked, dtype = dtype is not None, dtype or floating_dtype(model)
-    for name, module in quantised.items():
-        weight = nn.Parameter(weights.pop(name).to(dtype), requires_grad=False)
+    weights = {name: _dequantised(module).to(device, dtype) for name, module in quantised.items()}
+    for name in list(quantised):
+        module = quantised.pop(name)
+        weight = nn.Parameter(weights.pop(name), requires_grad=False)
         if not is_quantised(module):  # an embedding
             module.weight = weight
             continue
@@ -111,7 +112,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         if parameter.is_floating_point() and not is_kept:
             parameter.data = parameter.data.to(dtype)
     _forget_quantisation(model.get_base_model() if has_adapters else model)  # type: ignore[operator]
-    return model
+    return model if device is None else model.to(device)
 
 
 def check_backward(model: nn.Module) -> None:

@@ -4,8 +4,6 @@ Each layer's block gradients need some columns of x. Layers of a group keep the 
 reads an x gathers it, and the others take that tensor for their own backward. The group holds it only until the last
 of them has read, or x is gone. A layer that reads another x than its siblings gathers for itself, so the grouping need
 only be a good guess. Under a compiler every layer gathers, from one index, and the compiler merges the three.
-
-Imports `smtune.blocks` and `smtune.linear`.
 """
 
 from __future__ import annotations

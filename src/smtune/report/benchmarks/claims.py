@@ -3,8 +3,6 @@
 The claims "to 0.5 %" say by how much SMT cuts a cost of full fine-tuning. What SMT can reach is the trained share of
 the parameters, so two verdicts are given: whether the cost is cut to the trained share (within a tenth of it), and
 whether it is at most 0.5 % at the smallest budget, 0.43 %, where that is possible at all.
-
-Imports numpy and the modules beside it.
 """
 
 from __future__ import annotations
@@ -259,12 +257,12 @@ def _table1_speedups(results: Record) -> list[tuple[str, str, str]]:
 
 def _faster(suite: Suite) -> tuple[str, str]:
     texts, verdicts = [], []
-    mine = step_ratios(suite.arms.get(USUAL))
     for name, rival in (("LoRA", "lora"), ("DoRA", "dora")):
-        theirs = step_ratios(suite.arms.get(rival))
+        smt, other = suite.both(USUAL, rival)
+        mine, theirs = step_ratios(smt), step_ratios(other)
         if mine.size and theirs.size:
             texts.append(f"{name} takes {float(np.median(theirs) / np.median(mine)):.3f}× SMT's time")
-            told = compare(suite.arms.get(USUAL), suite.arms.get(rival))[1]
+            told = compare(smt, other)[1]
             verdicts.append(DOES_NOT if told == MISSED else told)
     if len(verdicts) < 2 and HOLDS in verdicts:
         return f"{texts[0]}; the other was not measured", PART

@@ -1,8 +1,7 @@
 """Figures of a benchmark: step times, memory, growth, and what cost-aware selection trades.
 
-Each writes one PNG and returns the matplotlib figure; the style is that of `smtune.maps.picture`. Times are
-multiples of the floor's step but in the sweeps, which need seconds for their exponents. Imports matplotlib, numpy,
-`smtune.evaluation.statistics`, `smtune.maps` and the modules beside it.
+Each writes one PNG and returns the matplotlib figure; the style is that of `smtune.maps.style`. Times are
+multiples of the floor's step but in the sweeps, which need seconds for their exponents.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from smtune.evaluation.statistics import Estimate, accuracy
-from smtune.maps.picture import COLOURS, FAINT, GREY, INK, clean, new_figure, save, series_style, set_title
+from smtune.maps.style import COLOURS, FAINT, GREY, INK, clean, new_figure, save, series_style, set_title
 from smtune.report.benchmarks import sweeps, words
 from smtune.report.benchmarks.records import (
     PARTS,

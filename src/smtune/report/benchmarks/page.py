@@ -32,7 +32,7 @@ from smtune.report.benchmarks.records import (
     suites,
 )
 from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, suite_section
-from smtune.report.benchmarks.targets import ABSENT, HOLDS, MISSED, OPEN, PART, reasons, targets
+from smtune.report.benchmarks.targets import ABSENT, ACROSS, HOLDS, MISSED, OPEN, PART, reasons, targets
 from smtune.report.markdown import DASH, bullets, prose, section, table
 
 KINDS = {
@@ -183,9 +183,11 @@ def _targets(results: Record) -> str:
     claims*, is a section of its own); *design*: what the design promises in bytes. Step times and
     scoring are judged by the median of pairs. Two arms are told apart by the 95 % bootstrap interval of the difference
     of their medians of step / floor: where it holds zero, or either has fewer than {MIN_PAIRS} pairs, they are
-    *{OPEN}*, and so are arms that were not timed in one process with their floor. An exponent holds, or is
-    missed, with all of its interval. Counts are compared as they are, and so is memory, but for the process's: what
-    differs by no more than two floors is not told apart. *{PART}*: some of the rivals were not measured."""
+    *{OPEN}*, and so are arms that were not timed in one process with their floor. Arms of two processes, each with a
+    floor of its own, are told apart where the interval is beyond {words.percent(ACROSS, 0)} of the floor's step.
+    An exponent holds, or is missed, with all of its interval. Counts are compared as they are, and so is memory, but
+    for the process's: what differs by no more than two floors is not told apart. *{PART}*: some of the rivals were not
+    measured."""
     heads = ("from", "target", "where", "measured", "verdict")
     shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
     return section(
@@ -203,8 +205,9 @@ def _reading() -> str:
         over the whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the
         median; what differs by less is not told apart.""",
         """**pairs**: arms of a suite that have different numbers of them are of different runs, those of the commands
-        at the end, each over the floor of its own run. Of an arm that was measured anew, such as with more pairs, the
-        last run is kept; *measured* is its day and commit.""",
+        at the end, each over the floor of its own run. Of an arm that was measured in several, the one with the most
+        pairs is shown, and *measured* is its day and commit; two arms are compared by the process that both took turns
+        in, if there is one; full fine-tuning has one of its own.""",
         """**SMT 0.43 % to 4.91 %** are shares of LLaMA-7B. On other models these arms train the same share of the
         blocks of q, k and v.""",
         """**FLOPs / floor**: counted; products of matrices only.""",

@@ -25,10 +25,10 @@ from smtune.report.benchmarks.targets import (
     SCORING,
     best_candidate,
     compare,
+    how_apart,
     kernel_cases,
     rates_of_case,
     scoring_ratios,
-    timed_apart,
 )
 from smtune.report.markdown import DASH, bullets, prose, section, table
 
@@ -152,7 +152,7 @@ def writing_section(results: Record) -> str:
         estimate, told = compare(at_use, after)
         shown = words.signed(estimate) if estimate else DASH
         faster = {HOLDS: "at use", MISSED: "after the step"}.get(told, verdict(told))
-        faster += ", timed apart" * timed_apart(at_use, after)
+        faster += how_apart(at_use, after)
         rows.append([suite, _ratios(at_use), _ratios(after), shown, faster])
     text = """Resident blocks have to be written into W. At use is right under every wrapper, and writes in the forward
     and in the backward; after the step writes once."""

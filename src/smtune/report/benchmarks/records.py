@@ -3,8 +3,6 @@
 A round times one step of every arm, with floor steps in between. A *pair* is an arm's step and the floor step beside
 it, or the mean of two; its ratio is what all tables show, so that a machine that slows down slows both. Nothing is
 assumed complete: kinds, arms, parts and fields may be missing, and an arm may hold an error instead of times.
-
-Imports numpy, `smtune.bench.suites` and `smtune.evaluation.statistics`.
 """
 
 from __future__ import annotations
@@ -49,11 +47,14 @@ class Suite:
 
     Attributes:
         name: of the suite.
-        arms: record by the arm's name, the floor's included, in the order of `ARMS`; of doubles the last.
+        arms: record by the arm's name, the floor's included, in the order of `ARMS`; of several that with the most
+            pairs.
+        turns: all records by the arm's name, of each process in which arms took turns.
     """
 
     name: str
     arms: dict[str, Record]
+    turns: Sequence[Mapping[str, Record]] = ()
 
     @property
     def floor(self) -> Record:
@@ -68,6 +69,13 @@ class Suite:
     def others(self) -> dict[str, Record]:
         """All arms but the floor."""
         return {name: arm for name, arm in self.arms.items() if name != FLOOR}
+
+    def both(self, name: str, other: str) -> tuple[Record | None, Record | None]:
+        """Two arms as they are compared: of a process that both took turns in, of several that with the most pairs."""
+        found = [(of[name], of[other]) for of in self.turns if name in of and other in of]
+        if not found:
+            return self.arms.get(name), self.arms.get(other)
+        return max(found, key=lambda records: min(len(pairs(record)) for record in records))
 
     def setting(self) -> str:
         """Model, dtype and size in words, as far as they are known."""
@@ -90,10 +98,19 @@ def of_kind(results: Record, kind: str) -> list[Record]:
 
 def suites(results: Record) -> list[Suite]:
     """The suites of "arm" records, in the order of the file."""
-    found: dict[str, dict[str, Record]] = {}
+    found: dict[str, list[Record]] = {}
     for record in of_kind(results, "arm"):
-        found.setdefault(record.get("suite", ""), {})[record["arm"]] = record
-    return [Suite(name, dict(sorted(arms.items(), key=lambda item: _place(item[0])))) for name, arms in found.items()]
+        found.setdefault(record.get("suite", ""), []).append(record)
+    return [_suite(name, records) for name, records in found.items()]
+
+
+def _suite(name: str, records: Sequence[Record]) -> Suite:
+    turns: dict[Any, dict[str, Record]] = {}
+    for record in filter(timed_together, records):
+        turns.setdefault(process(record), {})[record["arm"]] = record
+    by_pairs = sorted(records, key=lambda record: (timed_together(record), len(pairs(record))))
+    shown = {record["arm"]: record for record in by_pairs}
+    return Suite(name, dict(sorted(shown.items(), key=lambda item: _place(item[0]))), list(turns.values()))
 
 
 def _place(arm: str) -> int:
@@ -154,6 +171,11 @@ def timed_together(record: Record | None) -> bool:
     Equal steps in processes of their own differ by up to a tenth, whatever the intervals say (ADR 0021).
     """
     return bool(get(record, "timed_on"))
+
+
+def process(record: Record) -> Any:
+    """What the records of arms that took turns in one process have in common: its second floor, or the run."""
+    return tuple(record.get("control") or ()) or str(record.get("run"))
 
 
 def all_flops(record: Record | None) -> float | None:

@@ -23,7 +23,7 @@ from smtune.report.benchmarks.records import (
     step,
     step_ratios,
 )
-from smtune.report.benchmarks.targets import OTHERS, RIVALS, SMALLER, against, memory_parts, timed_apart
+from smtune.report.benchmarks.targets import ACROSS, OTHERS, RIVALS, SMALLER, against, how_apart, memory_parts
 from smtune.report.markdown import DASH, prose, section, table
 
 
@@ -120,15 +120,15 @@ def rivals_section(found: list[Suite]) -> str:
                     f"{words.signed(estimate)} {verdict(word)}" if estimate else verdict(word)
                     for estimate, word in told
                 ]
-                mine = suite.arms.get(name)
-                apart = [", timed apart" * timed_apart(mine, suite.arms.get(rival)) for rival in rivals]
+                apart = [how_apart(*suite.both(name, rival)) for rival in rivals]
                 rows.append((suite.name, *map("".join, zip(cells, apart))))
         of_name = table(("suite", *rivals.values()), rows)
         tables.append(section(f"{words.arm(name)} less …", of_name))
     if not any(tables):
         return ""
-    text = """Difference of the medians of step / floor, with its 95 % bootstrap interval. Below zero SMT is faster;
-    *holds*: all of the interval is below zero."""
+    text = f"""Difference of the medians of step / floor, with its 95 % bootstrap interval, of a process in which both
+    took turns; of several that with the most pairs, which may be another than the table's above. Below zero SMT is
+    faster; *holds*: all of the interval is below zero, and of *two processes*, with a floor each, below −{ACROSS}."""
     return section("## SMT against each rival", prose(text), *tables)
 
 

@@ -1,8 +1,7 @@
 """How time grows: series of the "sweep" records, and the power laws that weighted least squares fits to them.
 
 An exponent of 1 is linear growth, of 0 none. Its interval comes from drawing the pairs of every point again. A fit on
-logarithms would have no place for a small difference of two noisy times, which may be below zero. Imports numpy and
-the modules beside it.
+logarithms would have no place for a small difference of two noisy times, which may be below zero.
 """
 
 from __future__ import annotations

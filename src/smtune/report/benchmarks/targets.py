@@ -1,8 +1,7 @@
 """What was promised and what was measured: every target a row, its verdict computed from the records.
 
 A target without a record stays as *not measured*. Comparisons of two arms are three-valued: the 95 % bootstrap
-interval of the difference of medians decides, or does not. Imports `smtune.bench.suites`,
-`smtune.evaluation.statistics` and the modules beside it.
+interval of the difference of medians decides, or does not.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from smtune.report.benchmarks.records import (
     of_floor,
     of_kind,
     over,
+    process,
     ran,
     step_ratios,
     suites,
@@ -59,6 +59,7 @@ RIVALS = {
         "shira-4.91": "SHiRA 4.91 %",
         "supertuning-4.91": "Super-tuning 4.91 %",
         "full": "full",
+        "lora-4.91-autocast": "LoRA 4.91 % under autocast",
         "full-autocast": "full under autocast",
     },
 }
@@ -74,6 +75,9 @@ EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lor
 ADDITIVE = {"smt-0.84": "smt-additive", "smt-4.91": "smt-additive-4.91"}
 """By arm of SMT, which is resident, the same in the additive mode."""
 RESIDENT = ("smt-0.43", "smt-0.84", "smt-1.26", "smt-2.5", "smt-3.73", "smt-4.91")
+ACROSS = 0.1
+"""Of the floor's step: arms of two processes are told apart beyond it; equal ones differ by up to it (ADR 0021)."""
+TIMED_APART, TWO_PROCESSES = ", timed apart", ", of two processes"
 CONTROL = 0.01
 """A second floor's median step is at most so far from the floor's."""
 FAR_BELOW = 0.5
@@ -166,7 +170,7 @@ REASONS = {
 """By a part of a target's words, why it is missed where it is."""
 OPEN_REASONS = {
     "step below": """The steps of arms that are not told apart differ by less than the noise of as many pairs, or were
-        timed apart, which tells nothing. More pairs would tell.""",
+        timed apart or in two processes, which tells little. More pairs would tell.""",
 }
 """Likewise why it is not told apart."""
 
@@ -191,24 +195,33 @@ def worst(verdicts: Iterable[str]) -> str:
 def compare(a: Record | None, b: Record | None) -> tuple[Estimate | None, str]:
     """Whether arm a's step is below arm b's: the difference of median step ratios, and a verdict.
 
-    What was not timed together with its floor is not told apart.
+    Arms that took turns in one process are told apart by the interval alone, those of two by one beyond `ACROSS`, and
+    what was not timed together with its floor not at all.
     """
     if not step_ratios(a).size or not step_ratios(b).size:
         return None, ABSENT
     found = difference(step_ratios(a), step_ratios(b))
-    return found, _below(found, 0) if timed_together(a) and timed_together(b) else OPEN
+    apart = how_apart(a, b)
+    if found is None or apart == TIMED_APART:
+        return found, OPEN
+    margin = ACROSS if apart else 0.0
+    return found, HOLDS if found.high < -margin else MISSED if found.low > margin else OPEN
 
 
 def against(suite: Suite, name: str, rival: str) -> tuple[Estimate | None, str]:
     """`compare` of two arms of a suite; *no target here* of a rival that is none in its dtype."""
     if not is_for(rival, suite.first.get("dtype", "")):
         return None, NO_TARGET
-    return compare(suite.arms.get(name), suite.arms.get(rival))
+    return compare(*suite.both(name, rival))
 
 
-def timed_apart(a: Record | None, b: Record | None) -> bool:
-    """Whether two arms were timed, and not together."""
-    return all(step_ratios(arm).size for arm in (a, b)) and not (timed_together(a) and timed_together(b))
+def how_apart(a: Record | None, b: Record | None) -> str:
+    """What keeps two arms that were timed from being compared as they are, or ""."""
+    if not all(step_ratios(arm).size for arm in (a, b)):
+        return ""
+    if not (timed_together(a) and timed_together(b)):
+        return TIMED_APART
+    return "" if a and b and process(a) == process(b) else TWO_PROCESSES
 
 
 def _below(interval: Estimate | None, bound: float) -> str:
@@ -239,7 +252,7 @@ def _joined(parts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
 
 def _control(suite: Suite) -> tuple[str, str]:
     """Of every group of arms that was timed together with a second floor."""
-    groups = dict.fromkeys(tuple(arm["control"]) for arm in suite.arms.values() if arm.get("control"))
+    groups = dict.fromkeys(tuple(arm["control"]) for of in suite.turns for arm in of.values() if arm.get("control"))
     ratios = [np.array(group) for group in groups] or [step_ratios(suite.arms.get("control"))]
     judged = [_median(group)[1:] for group in ratios if group.size]
     verdicts = [_within(interval, 1 - CONTROL, 1 + CONTROL) for interval, _ in judged]

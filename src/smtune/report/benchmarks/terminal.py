@@ -1,4 +1,4 @@
-"""The page's main tables in short, for the terminal. Imports rich and the modules beside it."""
+"""The page's main tables in short, for the terminal."""
 
 from __future__ import annotations
 

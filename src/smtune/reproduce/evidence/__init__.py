@@ -41,7 +41,7 @@ from smtune.reproduce.evidence.study import (
 from smtune.reproduce.evidence.tasks import Task, tasks
 from smtune.reproduce.evidence.words import Links
 
-__all__ = ["BENCH_FILE", "write_evidence"]
+__all__ = ["write_evidence"]
 
 BENCH_FILE = "bench.json"
 TITLE = "# Evidence: when SMT wins, ties and loses"

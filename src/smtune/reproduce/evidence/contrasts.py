@@ -1,7 +1,7 @@
 """Numbers about arms: differences, trends over budgets, shares of a gap, and what a design can tell apart.
 
 Differences are those of the pages (`layouts.difference`). What is no difference of two arms has a bootstrap interval:
-items are drawn anew, the same for all arms, and seeds anew in each arm, from a fixed seed of its own. Imports numpy.
+items are drawn anew, the same for all arms, and seeds anew in each arm, from a fixed seed of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import fmean, stdev, variance
 import numpy as np
 from numpy.typing import NDArray
 
-from smtune.evaluation.statistics import Estimate, Verdict, mean_over_seeds, smallest_difference, verdict
+from smtune.evaluation.statistics import Z_95, Estimate, Verdict, mean_over_seeds, smallest_difference, student, verdict
 from smtune.reproduce.cells import Record
 from smtune.reproduce.evidence.records import Found
 from smtune.reproduce.layouts import difference, right
@@ -104,7 +104,8 @@ def share_of_gap(arm: Found, low: Found, high: Found) -> Estimate | None:
 def _redrawn(arms: Sequence[Found]) -> NDArray[np.float64]:
     """Accuracies, (arms, draws), of items and seeds drawn anew with replacement.
 
-    The deviations of k drawn seeds from their mean are widened by √(k/(k−1)): k of k vary less than k new ones.
+    The deviations of k drawn seeds from their mean are widened by √(k/(k−1)), since k of k vary less than k new ones,
+    and from the normal quantile to Student's of all arms' degrees of freedom together.
     """
     draw = np.random.default_rng(SEED)
     runs = [[right(record) for record in arm.records] for arm in arms]
@@ -115,12 +116,14 @@ def _redrawn(arms: Sequence[Found]) -> NDArray[np.float64]:
         counts = draw.multinomial(n, np.full(n, 1 / n), size=DRAWS).T / n
         for values, arm in zip(by_arm, runs):
             values += np.array([run[test] for run in arm], dtype=float) @ counts / len(tests)
+    degrees = sum(len(values) - 1 for values in by_arm)
+    wider = student(degrees) / Z_95 if degrees else 1.0
     redrawn = []
     for values in by_arm:
         k = len(values)
         centre = values.mean(0)
         picked = np.take_along_axis(values, draw.integers(k, size=(k, DRAWS)), axis=0).mean(0)
-        redrawn.append(centre + (picked - centre) * math.sqrt(k / (k - 1)) if k > 1 else centre)
+        redrawn.append(centre + (picked - centre) * wider * math.sqrt(k / (k - 1)) if k > 1 else centre)
     return np.array(redrawn)
 
 

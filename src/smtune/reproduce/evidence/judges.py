@@ -14,6 +14,8 @@ from smtune.evaluation.statistics import SIGNIFICANT, TIE, Estimate, mean_over_s
 from smtune.maps.layout import Projection, projections
 from smtune.report.benchmarks import claims as cost_claims
 from smtune.report.benchmarks import targets
+from smtune.report.benchmarks.words import arm as shown_arm
+from smtune.report.markdown import minus
 from smtune.reproduce import numbers
 from smtune.reproduce.cells import Record, validated
 from smtune.reproduce.evidence import words
@@ -318,8 +320,10 @@ class Timed:
                 yield Judged(f"{words.BENCHMARKS}, {row.where}", row.measured, OF_BENCHMARK[row.verdict])
         for row in cost_claims.share_rows(evidence.benchmarks):
             if row.claim.quote == self.quote and row.to_claimed != targets.ABSENT:
-                values = [value for of in row.values.values() for value in of.values()]
-                effect = f"{row.claim.measure}: {100 * min(values):.2f} to {100 * max(values):.2f} % of full's"
+                values = [of[cost_claims.SMALLEST] for of in row.values.values() if cost_claims.SMALLEST in of]
+                least, most = (minus(f"{100 * value:.2f}") for value in (min(values), max(values)))
+                span = least if least == most else f"{least} to {most}"
+                effect = f"{shown_arm(cost_claims.SMALLEST)}, {row.claim.measure}: {span} % of full's"
                 yield Judged(words.BENCHMARKS, effect, OF_BENCHMARK[row.to_claimed])
 
 

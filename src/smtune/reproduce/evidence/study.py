@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from smtune.evaluation.statistics import Estimate, mean_over_seeds
@@ -13,13 +12,13 @@ from smtune.reproduce import numbers
 from smtune.reproduce.cells import Cell, Record
 from smtune.reproduce.declared import load_experiment
 from smtune.reproduce.evidence import words
-from smtune.reproduce.evidence.contrasts import Contrast, accuracy, contrast, paired
+from smtune.reproduce.evidence.contrasts import Contrast, contrast, paired
 from smtune.reproduce.evidence.control import UNSEEN, unseen_controls
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.evidence.sections import contrast_table
 from smtune.reproduce.evidence.tasks import BUDGET, DRAWN, Task, adjusted, is_lost_to_holm, not_run
 from smtune.reproduce.evidence.words import Links
-from smtune.reproduce.layouts import accuracies, overlap, overlap_by_chance
+from smtune.reproduce.layouts import accuracies, average, overlap, overlap_by_chance
 from smtune.selection import Plan
 
 NOT_RUN = "Not run yet."
@@ -130,7 +129,7 @@ def _unseen(task: Task, label: str, links: Links) -> str:
         return ""
     arms = task.arms(UNSEEN)
     contrasts = [one for arm in arms if arm.label != label and (one := contrast(arm, against))]
-    right = numbers.share(mean_over_seeds([accuracy(replace(against, records=[each])) for each in against.records]))
+    right = numbers.share(average(against.records))
     lead = f"{label}: {right} right, rate {against.rate:g}. Cells: {links.cells(task.results, against.records)}."
     shown = contrast_table(task, contrasts, links, less=label, given_rates=True)
     return section(f"### {task.name}: less {label}", lead, _fault(task), shown, _left(arms))
