@@ -80,8 +80,9 @@ def test_nproc_trains_as_one_process(folder, alone):
     assert json.loads((folder / "two" / "environment.json").read_text())["processes"] == 2
     assert_same_run(folder / "two", alone)
     validated = [event["eval_loss"] for event in read_metrics(folder / "two" / "metrics.jsonl") if "eval_loss" in event]
-    rows, _ = prepare(str(folder / "rows.jsonl"), load_tokenizer(folder / "two"), max_length=64)
-    loss = answer_loss(load_model(str(folder / "two")), load_tokenizer(folder / "two"), rows, batch_size=2)
+    tokenizer = load_tokenizer(folder / "two")
+    rows, _ = prepare(str(folder / "rows.jsonl"), tokenizer, max_length=64)
+    loss = answer_loss(load_model(str(folder / "two")), tokenizer, rows, batch_size=2)
     assert validated[-1] == pytest.approx(loss, rel=0.05)  # not a process's share of it, which is half
 
 

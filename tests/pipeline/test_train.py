@@ -774,7 +774,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(configure, quiet, met
 def test_a_loss_that_is_not_finite_stops_the_run(configure, quiet):
     overrides = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.logging_steps=1"]
     config = configure(*overrides, method="full")
-    with pytest.raises(InputError, match="Expected a finite (loss|gradient)"):
+    with pytest.raises(InputError, match="Expected a finite loss"):
         train(config, console=quiet)
 
 

@@ -113,7 +113,9 @@ def count(architecture: PreTrainedConfig, config: Mapping[str, Any], rows: int, 
     if trained:
         with torch.autocast("cpu", torch.bfloat16, enabled=arms.is_under_autocast(config)):
             activations = _saved_bytes(model, rows, tokens) + columns
-        in_paper_dtypes = _saved_bytes(model, rows, tokens, DTYPES[config["dtype"]]) + columns
+        in_paper_dtypes = activations
+        if config["dtype"] != "float32":
+            in_paper_dtypes = _saved_bytes(model, rows, tokens, DTYPES[config["dtype"]]) + columns
     return Memory(
         base=base,
         trained=FP32 * trained,

@@ -1,8 +1,10 @@
 """Training: a YAML configuration, Hugging Face's Trainer, and a run folder that can be resumed.
 
-config = load_config("examples/smollm2-arithmetic.yaml", ["method=lora"])
-print(dry_run(config))
-result = train(config)
+As a library:
+
+    config = load_config("examples/smollm2-arithmetic.yaml", ["method=lora"])
+    print(dry_run(config))
+    result = train(config)
 """
 
 from smtune.training.config import LEARNING_RATES, TrainConfig, load_config, parse_config

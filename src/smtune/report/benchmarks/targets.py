@@ -202,10 +202,7 @@ def compare(a: Record | None, b: Record | None) -> tuple[Estimate | None, str]:
         return None, ABSENT
     found = difference(step_ratios(a), step_ratios(b))
     apart = how_apart(a, b)
-    if found is None or apart == TIMED_APART:
-        return found, OPEN
-    margin = ACROSS if apart else 0.0
-    return found, HOLDS if found.high < -margin else MISSED if found.low > margin else OPEN
+    return found, OPEN if apart == TIMED_APART else _below(found, 0, ACROSS if apart else 0.0)
 
 
 def against(suite: Suite, name: str, rival: str) -> tuple[Estimate | None, str]:
@@ -224,11 +221,11 @@ def how_apart(a: Record | None, b: Record | None) -> str:
     return "" if a and b and process(a) == process(b) else TWO_PROCESSES
 
 
-def _below(interval: Estimate | None, bound: float) -> str:
-    """Whether an interval is below a bound with all it holds; without one nothing can be told."""
+def _below(interval: Estimate | None, bound: float, margin: float = 0.0) -> str:
+    """Whether an interval is below a bound, by a margin, with all it holds; without one nothing can be told."""
     if interval is None:
         return OPEN
-    return HOLDS if interval.high < bound else MISSED if interval.low > bound else OPEN
+    return HOLDS if interval.high < bound - margin else MISSED if interval.low > bound + margin else OPEN
 
 
 def _holds(condition: bool) -> str:
