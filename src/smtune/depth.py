@@ -6,10 +6,12 @@ its X, but no dX, and nothing below it is computed. So the higher the lowest tra
 
     cost of a plan = Σ O·I of the linear layers above its lowest selected one / the same for the lowest targeted one
 
-Layers that read one input (q, k and v) stand side by side: none is above another. The order is that of the modules
-in the model, which in decoders is that of the data. Attention's own products and norms, which have no weight matrix,
-are not in the count. Where a layer's MLP stands beside its attention (GPT-J, Phi, Cohere), the count is too high by at
-most one MLP; every expert of a mixture counts as if all tokens went through it.
+Layers that read one input (q, k and v) stand side by side: none is above another. All others are put in one line, in
+the order of the data: that of the modules in the model, but for the few that are not made in this order. So of two
+branches (a router and its experts, latent queries and keys, an MLP beside its attention) one counts as below the other,
+and its cost is too high, never too low. Where an MLP is beside attention (GPT-J, Phi, Cohere, Falcon), it is the MLP.
+Attention's own products and norms, which have no weight matrix, are not in the count; every expert of a mixture counts
+as if all tokens went through it.
 
 Autograd ends there by itself, unless something makes the embeddings' output require a gradient, as transformers does
 for activation checkpointing. `backward_end` undoes that for the layers below the lowest trained one.
@@ -27,21 +29,29 @@ from torch import Tensor, nn
 
 from smtune.weights import shape_OI
 
-SHARED_INPUTS: tuple[frozenset[str], ...] = (
-    frozenset({"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"}),
-    frozenset({"query", "key", "value"}),
-    frozenset({"q_lin", "k_lin", "v_lin"}),
-    frozenset({"q", "k", "v"}),
-    frozenset({"gate_proj", "up_proj"}),
-    frozenset({"wi_0", "wi_1"}),
+SHARED_INPUTS = frozenset(
+    """
+    q_proj k_proj v_proj q_a_proj kv_a_proj_with_mqa query key value q_lin k_lin v_lin q k v a_proj b_proj g_proj
+    in_proj_qkv in_proj_z in_proj_b in_proj_a in_proj_qkvz in_proj_ba linear_x linear_y
+    gate_proj up_proj wi_0 wi_1 w1 w3
+    """.split()
 )
 """Last names of modules that, under one parent, read the same input."""
 
+READ_FIRST = SHARED_INPUTS | {"qkv_proj", "query_key_value", "Wqkv", "c_attn", "in_proj"}
+"""Those, and last names of modules that read their parent's input alone: what else is under it comes after them."""
+
+MIXERS = ("attn", "attention", "mamba")
+"""Parts of names of what comes before a layer's MLP, in whichever order the two are made."""
+
+PARALLEL = frozenset({"codegen", "cohere", "cohere2", "gptj", "phi"})
+"""Model types whose MLP stands beside the attention."""
+
 
 def siblings(name: str) -> frozenset[str]:
-    """The last names of the modules that read the same input as module `name`, its own included."""
+    """The last names of the modules that, under one parent, read the same input as `name`, its own included."""
     last = name.rpartition(".")[2]
-    return next((group for group in SHARED_INPUTS if last in group), frozenset({last}))
+    return SHARED_INPUTS if last in SHARED_INPUTS else frozenset({last})
 
 
 def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]:
@@ -53,7 +63,7 @@ def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]
     Returns:
         The cost by name, a fraction of the chain down to the lowest target, which costs 1.
     """
-    sizes: dict[tuple[str, frozenset[str]], int] = {}
+    sizes: dict[str, int] = {}
     adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
         shape = shape_OI(module)
@@ -61,10 +71,13 @@ def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]
             continue
         if hasattr(module, "base_layer") or hasattr(module, "original_module"):  # it stands for the layer inside it
             adapted = (*adapted, f"{name}.")
-        sizes[_place(name)] = sizes.get(_place(name), 0) + math.prod(shape)
+        sizes[name] = math.prod(shape)
+    by_place: dict[tuple[str, frozenset[str]], int] = {}
+    for name in _in_order_of_data(model, list(sizes)):
+        by_place[_place(name)] = by_place.get(_place(name), 0) + sizes[name]
     above: dict[tuple[str, frozenset[str]], int] = {}
-    rest = sum(sizes.values())
-    for place, size in sizes.items():
+    rest = sum(by_place.values())
+    for place, size in by_place.items():
         rest -= size
         above[place] = rest
     chain = {name: above[_place(name)] for name in targets}
@@ -75,6 +88,46 @@ def backward_costs(model: nn.Module, targets: Iterable[str]) -> dict[str, float]
 def _place(name: str) -> tuple[str, frozenset[str]]:
     """The same for all modules that read one input: their parent and their last names."""
     return name.rpartition(".")[0], siblings(name)
+
+
+def _in_order_of_data(model: nn.Module, names: list[str]) -> list[str]:
+    """Names of linear layers, in the order of the model, by when a forward comes to them.
+
+    Within a layer attention comes first, or last where the MLP stands beside it; within a parent come first those that
+    read its input. Else it is the order of the model.
+    """
+    lists = _layer_lists(model)
+    is_parallel = _is_parallel(model)
+    first: dict[tuple[str, str], int] = {}
+    keys: dict[str, tuple] = {}
+    for number, name in enumerate(names):
+        outermost = _outermost(name, lists)
+        layer = name if outermost is None else ".".join(name.split(".")[: outermost.count(".") + 2])
+        part = name.removeprefix(f"{layer}.").partition(".")[0]
+        parent, _, last = name.rpartition(".")
+        of_layer = first.setdefault(("layer", layer), number)
+        of_parent = number if parent == layer else first.setdefault(("parent", parent), number)
+        is_mixer = any(word in part for word in MIXERS)
+        keys[name] = (of_layer, is_mixer is is_parallel, of_parent, last not in READ_FIRST)
+    return sorted(names, key=keys.__getitem__)
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    """Whether the layers' MLPs stand beside attention, by the configuration of a transformers model."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    flags = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+    return getattr(config, "model_type", None) in PARALLEL or any(getattr(config, flag, False) for flag in flags)
+
+
+def _layer_lists(model: nn.Module) -> set[str]:
+    """Names of the lists of modules."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+
+
+def _outermost(name: str, lists: set[str]) -> str | None:
+    """The outermost of the lists that a module or parameter is in, by their names."""
+    return next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in lists), None)
 
 
 @contextmanager
@@ -138,10 +191,10 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 def _up_to_lowest(model: nn.Module, trained: Iterable[str]) -> list[nn.Module]:
     """The layers from the first to the lowest trained one; none without exactly one list of layers."""
-    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = _layer_lists(model)
     places: set[tuple[str, int]] = set()
     for name in trained:
-        outermost = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in lists), None)
+        outermost = _outermost(name, lists)
         if outermost is not None:
             places.add((outermost, int(name.removeprefix(f"{outermost}.").partition(".")[0])))
     if len({name for name, _ in places}) != 1:

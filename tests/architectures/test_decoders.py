@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+import math
+from functools import lru_cache, partial
+from typing import Any
 
 import peft
 import pytest
@@ -12,9 +14,12 @@ from dense_twin import check_targets, check_training, twin
 from transformers import AutoConfig
 
 import smtune
+from smtune import SMTConfig
+from smtune.depth import backward_costs
 from smtune.errors import InputError
 from smtune.tuner import SMTLinear
-from smtune.tuner.targets import ATTENTION
+from smtune.tuner.targets import ATTENTION, find_targets
+from smtune.weights import shape_OI
 
 OTHERS = {"bart", "bert", "distilbert", "electra", "modernbert", "roberta", "t5", "vit"}
 """Architectures of test_others.py."""
@@ -70,6 +75,51 @@ def test_deeper_decoder_under_checkpointing(architecture, use_reentrant, mode, t
 
     expected = twin(base, batches(), before_training=checkpoint, layers_to_transform=[2, 3])
     check_training(expected, mode, tmp_path, before_training=checkpoint)
+
+
+HELPERS = {"Gemma 3n": ("altup", "laurel", "per_layer"), "Gemma 4": ("per_layer_model",)}
+"""Parts of names of linear layers beside the decoder's own, which are made in another order than they are used in."""
+
+IN_BRANCHES = ("DeepSeek V2", "DeepSeek V2 Lite", "DeepSeek V3", "Doge", "MiniCPM3", "Youtu", *HELPERS)
+"""Their attention has branches, so that one of them counts as below the other."""
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_costs_follow_the_data(architecture):
+    """Against the dX that autograd computes with one layer trained: never too low, and exact for q, k and v."""
+    model: Any = build(architecture).requires_grad_(False).train()
+    shapes = {name: shape_OI(module) for name, module in model.named_modules()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if shape is not None}
+    linears = {name: model.get_submodule(name) for name in sizes}
+    trained = {name: module for name, module in linears.items() if module is not model.get_output_embeddings()}
+    has_dx: dict[str, bool] = {}
+
+    def see(module, args, name):
+        has_dx[name] = has_dx.get(name, False) or args[0].requires_grad
+
+    for name, module in linears.items():
+        module.register_forward_pre_hook(partial(see, name=name))
+    above = {}
+    for name, module in trained.items():
+        has_dx.clear()
+        module.weight.requires_grad_(True)
+        model(**batches()[0], use_cache=False)
+        module.weight.requires_grad_(False)
+        if name in has_dx:
+            above[name] = {other for other, is_above in has_dx.items() if is_above}
+
+    costs = backward_costs(model, linears)
+    helpers = HELPERS.get(architecture, ())
+    followed = [name for name in above if not any(part in name for part in helpers)]
+    assert followed
+    for name in followed:
+        assert all(costs[other] < costs[name] for other in above[name] if not any(part in other for part in helpers))
+
+    targets = [name for name in find_targets(model, SMTConfig(block_size=1)) if name in above]
+    chains = {name: sum(sizes[other] for other in above[name]) for name in targets}
+    expected = {name: chain / max(chains.values()) for name, chain in chains.items()}
+    counted = backward_costs(model, targets)
+    assert (counted == expected) is (architecture not in IN_BRANCHES)
 
 
 @pytest.mark.parametrize("architecture", OWN_FORWARD)

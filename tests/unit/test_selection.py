@@ -248,6 +248,17 @@ def test_shares_are_the_best_plan_within_all_three(values, count, limit, share):
     assert total_score(chosen, given_scores) == best_total(given_scores, limit, affords)
 
 
+@given(block_scores, st.integers(5, 9), st.sampled_from([0.25, 0.3, 0.5, 0.75, 1.0]))
+def test_per_module_is_the_best_plan_of_as_many_each(values, count, limit):
+    given_scores = {name: torch.tensor([row], dtype=torch.float32) for name, row in zip(COSTS, values)}
+    arguments = {"block_size": 4, "total_params": TOTAL, "backward_costs": COSTS, "max_backward_cost": limit}
+    chosen = select(given_scores, budget=count, policy="per_module", **arguments)
+    assert backward_cost(chosen, COSTS) <= limit
+    each = count // sum(cost <= limit for cost in COSTS.values())
+    best = best_total(given_scores, limit, lambda names: all(names.count(name) <= each for name in names))
+    assert total_score(chosen, given_scores) == best
+
+
 @pytest.mark.parametrize("policy", ["global", "per_module", "shares", "sampled"])
 def test_every_policy_keeps_within_the_limit(policy):
     given_scores = {name: torch.rand(4, 4) for name in COSTS}
