@@ -60,13 +60,8 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     done = set()
     if arguments.output.is_file():
-        rows = [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
-        asked = (None, arguments.steps)  # the untuned model has no steps
-        done = {
-            (row["seed"], row["max_backward_cost"])
-            for row in rows
-            if row.get("steps") in asked and row["of"] == arguments.items
-        }
+        rows = rows_of(arguments.output, arguments.steps, arguments.items)
+        done = {(row["seed"], row["max_backward_cost"]) for row in rows}
 
     scores: dict[int, tuple[Scores, int]] = {}
     cells = [(None, None), *((seed, limit) for seed in range(arguments.seeds) for limit in LIMITS)]
@@ -98,13 +93,18 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
     if arguments.into is not None:
-        put_into(arguments.into, arguments.output)
+        put_into(arguments.into, rows_of(arguments.output, arguments.steps, arguments.items))
 
 
-def put_into(results: Path, rows: Path) -> None:
+def rows_of(path: Path, steps: int, items: int) -> list[dict[str, Any]]:
+    """The cells of these steps and items; the untuned model has no steps."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row.get("steps") in (None, steps) and row["of"] == items]
+
+
+def put_into(results: Path, cells: list[dict[str, Any]]) -> None:
     """The trained cells as `quality` of a result of `smtune bench`."""
     values = json.loads(results.read_text(encoding="utf-8"))
-    cells = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
     values["quality"] = [cell for cell in cells if cell["max_backward_cost"] is not None]
     write_json(results, values)
 

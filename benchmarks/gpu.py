@@ -36,7 +36,7 @@ from smtune.bench.subjects import find_subject, same_weights
 from smtune.bench.suites import is_for
 from smtune.bench.turns import pair, turns
 from smtune.blocks import BlockGrid, BlockIndex
-from smtune.files import write_json
+from smtune.files import not_writable, write_json
 from smtune.kernels import block_grad_reference, block_product_
 from smtune.kernels.candidates import bmm, grouped
 from smtune.kernels.loop import block_grad_loop, block_product_loop_
@@ -61,6 +61,14 @@ def main() -> int:
             "Expected a CUDA or ROCm GPU. PyTorch sees none here: check the driver, and that torch is not a CPU build.",
             file=sys.stderr,
         )
+        return 2
+    fault = not_writable(arguments.output)
+    if arguments.output.exists():
+        fault = f"Expected --output to be new. {arguments.output} is there: remove it, or give another name."
+    if arguments.rounds < 2:
+        fault = f"Expected at least two rounds. Got {arguments.rounds}."
+    if fault is not None:
+        print(fault, file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     results: dict[str, Any] = {

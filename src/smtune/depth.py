@@ -108,7 +108,8 @@ def _in_order_of_data(model: nn.Module, names: list[str]) -> list[str]:
         of_layer = first.setdefault(("layer", layer), number)
         of_parent = number if parent == layer else first.setdefault(("parent", parent), number)
         is_mixer = any(word in part for word in MIXERS)
-        keys[name] = (of_layer, is_mixer is is_parallel, of_parent, last not in READ_FIRST)
+        reads_first = last in READ_FIRST
+        keys[name] = (of_layer, is_mixer is is_parallel, of_parent if reads_first else number, not reads_first)
     return sorted(names, key=keys.__getitem__)
 
 

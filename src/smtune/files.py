@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(handle)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException:
@@ -59,10 +59,15 @@ def settle(temporary: Path, path: Path) -> None:
 
 def let_read(folder: Path) -> None:
     """Give a folder and all in it the usual rights: temporary folders and safetensors' files are for one user alone."""
-    umask = os.umask(0)
-    os.umask(umask)
+    umask = _umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -181,6 +181,8 @@ def block_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, block
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer, so that what is saved is what the product has seen."""
     device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # tensors without values, on the meta device
+        return x
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x

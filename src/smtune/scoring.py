@@ -34,7 +34,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,8 @@ from smtune.errors import InputError, did_you_mean
 from smtune.kernels import flatten
 from smtune.sharded import is_sharded
 from smtune.weights import is_transposed, view_OI
+
+T = TypeVar("T")
 
 DATA_FREE = ("weight", "random")
 """Criteria that need no batches."""
@@ -350,6 +353,8 @@ def score(
     failure: Exception | None = None
     try:
         seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
+    except _FailedElsewhere:
+        pass
     except Exception as error:
         failure = error
     seen = _sum_over_ranks(accumulators, seen, failure)  # raises the failure, on every rank
@@ -437,19 +442,15 @@ def _run(
     """Forward and backward over the batches with taps in place. Returns the number of batches."""
     needs_backward = next(iter(accumulators.values())).needs_backward
     device = next(model.parameters()).device
-    if any(map(is_sharded, model.parameters())):
+    together = _on_every_rank if any(map(is_sharded, model.parameters())) else _here
+    if together is _on_every_rank:
         batches = _in_step(batches)
     seen = 0
     with _left_as_found(model), _taps(model, accumulators), torch.set_grad_enabled(needs_backward):
         for seen, batch in enumerate(batches, start=1):
             for accumulator in accumulators.values():
                 accumulator.batch = seen
-            loss = batch_loss(model, batch, device, seen)
-            if needs_backward and not loss.requires_grad:
-                raise InputError(
-                    "Expected the loss to depend on a targeted layer. Got one that does not: is the forward run "
-                    "without gradients, or are the targets no part of it?"
-                )
+            loss = together(partial(_loss_to_score_by, model, batch, device, seen, needs_backward))
             if needs_backward:
                 loss.backward()
             if on_batch is not None:
@@ -457,14 +458,56 @@ def _run(
     return seen
 
 
+def _loss_to_score_by(
+    model: nn.Module, batch: object, device: torch.device, number: int, needs_backward: bool
+) -> Tensor:
+    loss = batch_loss(model, batch, device, number)
+    if needs_backward and not loss.requires_grad:
+        raise InputError(
+            "Expected the loss to depend on a targeted layer. Got one that does not: is the forward run without "
+            "gradients, or are the targets no part of it?"
+        )
+    return loss
+
+
+class _FailedElsewhere(Exception):
+    """Another rank cannot go on; `_sum_over_ranks` tells why."""
+
+
+def _here(part: Callable[[], T]) -> T:
+    return part()
+
+
+def _on_every_rank(part: Callable[[], T]) -> T:
+    """What `part` gives here, once it is done on every rank: where one fails, none goes on to wait for it.
+
+    A weight that is sharded over the ranks is gathered by all of them together.
+
+    Raises:
+        _FailedElsewhere: `part` failed on another rank alone.
+    """
+    result, failure = None, None
+    try:
+        result = part()
+    except Exception as error:
+        failure = error
+    failures = torch.tensor([int(failure is not None)], device=_reduction_device())
+    dist.all_reduce(failures)
+    if failure is not None:
+        raise failure
+    if failures.item():
+        raise _FailedElsewhere
+    return cast(T, result)
+
+
 def _in_step(batches: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, object]]:
-    """The batches, as long as every rank has one: a sharded weight is gathered by all ranks together.
+    """The batches, as long as every rank has one.
 
     Raises InputError on every rank once one has run out before another.
     """
     iterator = iter(batches)
     while True:
-        batch = next(iterator, None)
+        batch = _on_every_rank(partial(next, iterator, None))
         has_batch = torch.tensor([int(batch is not None)], device=_reduction_device())
         dist.all_reduce(has_batch)
         if not has_batch.item():
@@ -544,8 +587,15 @@ def _taps(model: nn.Module, accumulators: Mapping[str, _Accumulator]) -> Iterato
 
 
 def _tap_hook(accumulator: _Accumulator):
+    grid = accumulator.target.grid
+
     def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         x = (args[0] if args else kwargs["input"]).detach()
+        if (y.shape[-1], x.shape[-1]) != (grid.out_features, grid.in_features):
+            raise InputError(
+                f"Expected a targeted layer to give all of its {grid.out_features} features of {grid.in_features}. Got "
+                f"{y.shape[-1]} of {x.shape[-1]}: if tensor parallelism has split the model, load it without a tp_plan."
+            )
         if not accumulator.needs_backward:
             with torch.no_grad():
                 accumulator.fold(flatten(y), flatten(x))
@@ -579,24 +629,26 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not buffer.is_meta  # offloaded, and brought in as a copy for each use
     ]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), modes_and_flags_kept(model):
+    accelerator = torch.accelerator.current_accelerator()
+    devices = range(torch.accelerator.device_count()) if accelerator is not None else []
+    kind = "cuda" if accelerator is None else accelerator.type
+    with torch.random.fork_rng(devices=devices, device_type=kind), modes_and_flags_kept(model):
         try:
             model.train().requires_grad_(False)
             yield
         finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
 
 
 def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure: Exception | None) -> int:
@@ -635,12 +687,11 @@ def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure
         total = accumulator.total
         is_double = any(p.dtype == torch.float64 for p in accumulator.target.module.parameters())
         dtype = torch.float64 if is_double else torch.float32
-        moved = torch.zeros(accumulator.shape(), dtype=dtype, device=device)
-        if total is not None:
-            moved += total.to(device)
+        moved = torch.zeros(accumulator.shape(), dtype=dtype) if total is None else total
+        moved = moved.to(device, dtype)
         dist.all_reduce(moved)
         kept = dtype if accumulator.dtype == torch.float32 else accumulator.dtype
-        accumulator.total = moved.to(device if total is None else total.device, kept)
+        accumulator.total = moved.to((accumulator.device or device) if total is None else total.device, kept)
     return seen
 
 

@@ -96,7 +96,8 @@ class Plan:
         seed: of a random criterion, the policy `sampled` or a shuffled plan.
         max_backward_cost: the limit that was set on the cost of the backward, or None.
         backward_cost: what the plan costs, a fraction of the whole dX chain; None where it was not counted.
-        score_kept: the share of the score that the same policy reaches without the limit; None without a limit.
+        score_kept: the share of the score that the same policy reaches without the limit, which a draw and "per_module"
+            may exceed; None without a limit.
     """
 
     modules: dict[str, ModulePlan]
@@ -362,8 +363,8 @@ def select(
     if count < 1:
         raise InputError(
             f"Expected a budget of at least one block. Got {budget} of {total_params:,} parameters, less than one "
-            f"block of {block_size}² = {block_size**2:,}: raise it to {block_size**2 / total_params:.6f} or more, or "
-            "use smaller blocks."
+            f"block of {block_size}² = {block_size**2:,}: raise it to {_at_least(block_size**2 / total_params)} or "
+            "more, or use smaller blocks."
         )
     names = _within(max_backward_cost, scores, backward_costs)
     if policy == "global":
@@ -419,6 +420,12 @@ def _by_shares(
     if not any(chosen.values()):
         raise InputError(f"Expected shares that buy at least one block. Got {dict(shares)} of {count} blocks.")
     return chosen
+
+
+def _at_least(value: float) -> str:
+    """A positive number in four digits, rounded up."""
+    scale = 10 ** (3 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * scale) / scale:.4g}"
 
 
 def _within(limit: float | None, names: Iterable[str], costs: Mapping[str, float] | None) -> list[str]:

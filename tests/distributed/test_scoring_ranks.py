@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import smtune
 from smtune import InputError, SMTConfig
@@ -72,10 +74,30 @@ def branch_batches():
     return [batch | {"use_k": k == 0} for k, batch in enumerate(make_batches()[:2])]
 
 
-def failure_of(batches) -> str:
-    with pytest.raises(InputError) as error:
-        smtune.score_blocks(make_model(), batches, make_config("net"))
+def failure_of(batches, model=None) -> str:
+    with pytest.raises((InputError, OSError)) as error:
+        smtune.score_blocks(model or make_model(), batches, make_config("net"))
     return str(error.value)
+
+
+def make_sharded() -> nn.Module:
+    model = make_model()
+    for layer in (model.q_proj, model.k_proj, model):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+    return model
+
+
+def broken_batches(rank):
+    """The second one of rank 1 has a loss that is not finite."""
+    first, second = make_batches()[:2]
+    return [first, {key: value / (1 - rank) for key, value in second.items()}]
+
+
+def unreadable_batches(rank):
+    yield make_batches()[0]
+    if rank == 1:
+        raise OSError("cannot read row 7")
+    yield make_batches()[1]
 
 
 def rank_main(rank: int, port: int, folder) -> None:
@@ -86,6 +108,10 @@ def rank_main(rank: int, port: int, folder) -> None:
         branch = score_branch(branch_batches()[rank::WORLD_SIZE])
         few = dict(smtune.score_blocks(make_model(), make_batches()[:1][rank::WORLD_SIZE], make_config("net")))
         failures = failure_of([]), failure_of([make_batches()[0], None][rank::WORLD_SIZE])
+        failures += (
+            failure_of(broken_batches(rank), make_sharded()),
+            failure_of(unreadable_batches(rank), make_sharded()),
+        )
         torch.save((planned, branch, few, failures), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -130,3 +156,8 @@ def test_two_ranks_score_and_plan_as_one_process(tmp_path):
     assert "every rank to score its batches. Got 1 that failed, first rank 1 with InputError: Expected" in failures[1]
     for text in (failures[1], second_failures[1]):
         assert "NoneType at batch 1" in text
+    # So it is where they hold a part of each weight, and would wait for one that does not come.
+    assert failures[2].endswith("first rank 1 with InputError: " + second_failures[2])
+    assert "Expected a finite loss. Got nan at batch 2" in second_failures[2]
+    assert failures[3].endswith("first rank 1 with OSError: cannot read row 7")
+    assert second_failures[3] == "cannot read row 7"

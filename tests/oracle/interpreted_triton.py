@@ -163,6 +163,15 @@ def test_nothing_to_do():
 @pytest.mark.parametrize("triton", [triton_blocks, None])
 def test_a_gpu_tensor_goes_to_triton_or_else_to_the_loop(triton, monkeypatch):
     """What the operators run for tensors on a GPU, called here on a CPU."""
+    called = []
+
+    def seen(module, name, run):
+        monkeypatch.setattr(module, name, lambda *args: [called.append(name), run(*args)][1])
+
+    for module in (dispatch, triton_blocks):
+        for name in ("block_grad_loop", "block_product_loop_", "block_grad_triton", "block_product_triton_"):
+            if hasattr(module, name):
+                seen(module, name, getattr(module, name))
     monkeypatch.setattr(dispatch, "_triton_kernels_on", lambda device: triton)
     choose(0)
     index = BlockIndex.from_pairs(BlockGrid(32, 48, 16), [(1, 2), (0, 0), (1, 0)])
@@ -172,6 +181,8 @@ def test_a_gpu_tensor_goes_to_triton_or_else_to_the_loop(triton, monkeypatch):
     y = torch.zeros(20, 32)
     dispatch._block_product_gpu(y, x, blocks, rows, cols, False)
     close(y, block_product_reference(x, blocks, index))
+    expected = ["block_grad_triton", "block_product_triton_"] if triton else ["block_grad_loop", "block_product_loop_"]
+    assert called == expected
 
 
 def test_which_operands_triton_takes(monkeypatch):

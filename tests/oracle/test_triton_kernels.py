@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -71,6 +72,14 @@ def test_where_triton_does_not_start_the_loop_runs(monkeypatch):
         assert find(torch.device("cuda")) is None
     monkeypatch.setattr(triton_blocks, "start", lambda: None)
     assert find(torch.device("cuda")) is triton_blocks
+    monkeypatch.setattr(dispatch, "import_module", lambda name: importlib.import_module("triton.nowhere"))
+    with pytest.warns(UserWarning, match="Got ModuleNotFoundError"):
+        assert find(torch.device("cuda")) is None
+
+
+def test_a_cuda_graph_does_not_hold_the_operators():
+    for operator in (torch.ops.smtune.block_grad.default, torch.ops.smtune.block_product_.default):
+        assert {torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe} <= set(operator.tags)
 
 
 OLDEST = "sm80", torch.float32

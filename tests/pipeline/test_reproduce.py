@@ -19,6 +19,7 @@ import yaml
 
 from smtune import cli
 from smtune.reproduce import declared, dry, mini
+from smtune.reproduce import setting as setting_module
 from smtune.reproduce.declared import STUDY_PARTS, expand, experiment_names, load_experiment, load_tier
 from smtune.reproduce.layouts import collect
 from smtune.reproduce.run import Request, Runner
@@ -257,9 +258,11 @@ def test_the_paper_tier_is_the_paper():
     assert {("llama-13b", 0.0068), ("llama3-8b", 0.0071), ("llama3-8b", 0.0301), ("llama-7b", 890)} <= budgets
 
 
-def test_the_paper_scale_names_the_data_it_needs(capsys, tmp_path):
-    assert cli.run(["reproduce", "table5", "--scale", "paper", "--output", str(tmp_path)]) == 2
-    assert "--data" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["table5", "table2"])
+def test_the_paper_scale_names_the_data_it_needs(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(setting_module, "read_rows", lambda source: pytest.fail("fetched rows first"))
+    assert cli.run(["reproduce", name, "--scale", "paper", "--output", str(tmp_path)]) == 2
+    assert "LLM-Adapters`, and --data with the clone" in capsys.readouterr().err
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -500,6 +500,10 @@ def test_a_launchers_precision_is_refused(configure, monkeypatch):
     with pytest.raises(InputError, match=r"launch with --mixed_precision no"):
         trainer.check_engine(configure(method="lora").resolved())
     trainer.check_engine(configure("dtype=bfloat16", method="full").resolved())
+    trainer.check_engine(configure("dtype=bfloat16", method="lora").resolved())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # under which the frozen weights would be widened
+    with pytest.raises(InputError, match=r"launch with --mixed_precision no"):
+        trainer.check_engine(configure("dtype=bfloat16", method="lora").resolved())
 
 
 def test_deepspeed_without_a_launcher_is_told_first(configure, quiet, monkeypatch):
@@ -739,15 +743,21 @@ def test_a_plan_made_before_is_used(configure, quiet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_keeps_what_is_trained_in_fp32(configure, quiet, method):
-    dtypes = set()
+    dtypes, products = set(), set()
 
     class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_hook(lambda module, args, y: products.add(y.dtype))
+
         def on_step_end(self, args, state, control, model=None, **kwargs):
             dtypes.update(p.dtype for p in model.parameters() if p.requires_grad)
             assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {torch.bfloat16}
 
     result = train(configure("dtype=bfloat16", method=method), console=quiet, callbacks=[Look()])
     assert dtypes == {torch.float32}
+    assert products == {torch.bfloat16}  # LoRA's factors are multiplied in it too
     assert {t.dtype for t in trained_tensors(result).values() if t.is_floating_point()} == {torch.float32}
 
 

@@ -361,6 +361,41 @@ def test_all_suites_come_to_jobs():
     assert len(jobs(Request(suites=["layers7b"], tokens=[512, 1024, 2048]))) == 3
 
 
+def test_sweeps_have_tokens_of_their_own():
+    assert len(jobs(Request(suites=["sweeps"], tokens=[512, 1024]))) == len(jobs(Request(suites=["sweeps"])))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"arms": ["lora-autocast"]}, "--dtype bfloat16 for the arm lora-autocast. Got float32"),
+        ({"arms": ["lora-autocast"], "quick": True, "dtypes": ["bfloat16"]}, "for the arm lora-autocast. Got float32"),
+        ({"suites": ["sweeps"], "arms": ["lora"]}, "--arms with the suites layers7b or smollm2. Got it with sweeps"),
+        ({"suites": ["sweeps", "cost-aware"], "tokens": [512]}, "no --tokens with sweeps, cost-aware"),
+        ({"suites": ["kernels"], "device": "cuda"}, "`make bench-gpu` times those of GPUs"),
+    ],
+)
+def test_what_nothing_would_be_done_for_is_refused(given, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match=message):
+        request.check(Request(**given), [])
+
+
+def test_arms_for_one_of_the_dtypes_are_enough():
+    request.check(Request(arms=["lora-autocast"], dtypes=["float32", "bfloat16"]), [])
+
+
+def test_a_record_tells_who_timed_it_and_who_counted_it(tmp_path):
+    path = tmp_path / "bench.json"
+    Results(path, MACHINE, "timing").add(record("a", uncounted=True))
+    later = Results(path, MACHINE, "counting")
+    found = later.find(record("a"))
+    assert found is not None
+    later.add({key: value for key, value in found.items() if key != "uncounted"})
+    (found,) = later.records
+    assert (found["run"]["command"], found["counted_run"]["command"]) == ("timing", "counting")
+
+
 def test_sweeps_vary_one_thing():
     """On smaller models of as many layers: blocks end where the floor of their series does."""
     for series in suites.sweeps("float32"):
@@ -547,7 +582,7 @@ def test_what_was_timed_outlives_a_run_that_is_killed_while_it_counts(tmp_path, 
         patch.setattr(run, "_counted", killed)
         with pytest.raises(KeyboardInterrupt):
             run_series(series, results, How(rounds=2, threads=1))
-    results = Results(tmp_path / "bench.json", MACHINE, "")
+    results = Results(tmp_path / "bench.json", MACHINE, "later")
     before = {each["arm"]: each["rounds"] for each in results.records}
     assert {arm: len(rounds) for arm, rounds in before.items()} == {"floor": 0, "smt-0.84": 2, "lora": 2}
     monkeypatch.setattr(run, "_Timing", lambda *args: pytest.fail("timed again"))
@@ -558,6 +593,7 @@ def test_what_was_timed_outlives_a_run_that_is_killed_while_it_counts(tmp_path, 
         assert each["flops"]["forward"] == 1
         assert "uncounted" not in each
         assert len(each["control"]) == 2
+        assert each["run"]["command"] == ("later" if each["arm"] == "floor" else "")
 
 
 @pytest.mark.nightly

@@ -68,6 +68,20 @@ def test_siblings_cost_the_same_in_whatever_order_they_stand():
     assert backward_costs(opt, names) == dict.fromkeys(names, 1.0)
 
 
+def test_what_is_nested_between_two_layers_stands_between_them():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(2, 3)
+            self.inner = nn.Sequential(nn.Linear(3, 5))
+            self.down = nn.Linear(5, 7)
+
+    costs = backward_costs(nn.ModuleDict({"layers": nn.ModuleList([Nested()])}), ["layers.0.up", "layers.0.inner.0"])
+    assert costs == {"layers.0.up": 1.0, "layers.0.inner.0": 35 / 50}
+    nested = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": Nested()})])})
+    assert backward_costs(nested, ["layers.0.attn.up", "layers.0.attn.inner.0"])["layers.0.attn.inner.0"] == 35 / 50
+
+
 def test_a_layer_of_another_kind_is_counted_by_its_features():
     class Packed(nn.Module):
         def __init__(self, in_features, out_features):

@@ -55,6 +55,11 @@ def test_label_is_the_first_in_the_text(task, completion, expected):
         ("The answer is 2 + 3 = 5.", 5.0),
         ("The answer is 7 = 3 + 4.", 7.0),
         ("The answer is 10 / 4 = 2.5.", 2.5),
+        ("The answer is 60 minutes − 15 minutes = 45 minutes.", 45.0),
+        ("The answer is 20% of 50 = 10.", 10.0),
+        ("The answer is 5 dollars + 3 dollars = 8 dollars.", 8.0),
+        ("The answer is 2(3) + 4 = 10.", 10.0),
+        ("The answer is 10.10.10 = 10.", 10.1),
         ("The answer is x = 5.", 5.0),
         ("The answer is 1.5e3", 1500.0),
         # Stated beats last; the last statement beats earlier ones.

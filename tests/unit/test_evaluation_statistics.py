@@ -18,6 +18,8 @@ from smtune.evaluation.statistics import (
     mean_over_seeds,
     p_value_of,
     paired_difference,
+    student,
+    student_tails,
     verdict,
 )
 
@@ -188,16 +190,20 @@ def test_students_quantile(degrees, quantile):
     assert half * math.sqrt(len(values)) / stdev(values) == pytest.approx(quantile, abs=5e-4)
 
 
-def test_the_interval_of_a_difference_covers_the_truth():
+@pytest.mark.parametrize("spread", [0.1, 0.02])
+def test_the_interval_of_a_difference_covers_the_truth(spread):
     """Two arms of three seeds on 200 items, accuracies 0.6 and 0.5: 95 % intervals hold 0.1 about that often."""
     draw = random.Random(0)
-    covered = 0
+    covered = small = 0
     for _ in range(200):
         levels = [draw.random() for _ in range(200)]  # how hard an item is, the same for both arms
-        runs = [[[level < p + 0.1 * draw.gauss(0, 1) for level in levels] for _ in range(3)] for p in (0.6, 0.5)]
+        runs = [[[level < p + spread * draw.gauss(0, 1) for level in levels] for _ in range(3)] for p in (0.6, 0.5)]
         estimate = difference_over_seeds(*runs).difference
         covered += estimate.low <= 0.1 <= estimate.high
-    assert covered >= 180
+        equal = [[[level < 0.5 + spread * draw.gauss(0, 1) for level in levels] for _ in range(3)] for _ in "ab"]
+        small += difference_over_seeds(*equal).p_value < 0.01
+    assert 180 <= covered < 200
+    assert small <= 6  # 2 are expected
 
 
 @pytest.mark.parametrize(
@@ -217,6 +223,41 @@ def test_verdict(low, high, expected):
     assert verdict(difference, 0.05) == (expected if expected == "tie" else "undecided")
 
 
-@pytest.mark.parametrize(("value", "half", "p"), [(0.0, 0.1, 1.0), (0.1, 0.1, 0.05), (-0.2, 0.1, 8.86e-5)])
-def test_p_value_of_an_interval(value, half, p):
-    assert p_value_of(Estimate(value, value - half, value + half)) == pytest.approx(p, rel=0.01)
+@pytest.mark.parametrize(
+    ("value", "half", "degrees", "p"),
+    [
+        (0.0, 0.1, math.inf, 1.0),
+        (0.1, 0.1, math.inf, 0.05),
+        (-0.2, 0.1, math.inf, 8.86e-5),
+        (0.1, 0.1, 4.0, 0.05),
+        (-0.2, 0.1, 4.0, 0.00514),
+        (-0.2, 0.1, 4.9, 0.00514),
+        (0.2, 0.1, 7.0, 0.00212),
+    ],
+)
+def test_p_value_of_an_interval(value, half, degrees, p):
+    estimate = Estimate(value, value - half, value + half)
+    assert p_value_of(estimate, degrees) == pytest.approx(p, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("t", "degrees", "p"),
+    [(2.5, 1, 0.2422379), (6.0, 2, 0.02667147), (6.0, 3, 0.009272715), (0.5, 4, 0.6433300), (6.0, 21, 5.91049e-06)],
+)
+def test_students_tails(t, degrees, p):
+    assert student_tails(t, degrees) == pytest.approx(p, rel=1e-6)
+    assert student_tails(student(degrees), degrees) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_degrees_of_freedom_are_welchs():
+    """Arms whose seeds vary alike have those of both; items that vary more than seeds make them endless."""
+    same = [[k < right for k in range(10)] for right in (2, 4, 6)]
+    other = [run[::-1] for run in same]
+    few = difference_over_seeds([run * 1000 for run in same], [run * 1000 for run in other])
+    assert few.difference.value == 0
+    shifted = difference_over_seeds([run * 1000 for run in same], [[False] * 10_000] * 2)
+    half = shifted.difference.high - shifted.difference.value
+    # One arm varies alone: 2 degrees of freedom.
+    assert shifted.p_value == pytest.approx(student_tails(0.4 / half * student(2), 2), rel=1e-6)
+    alone = difference_over_seeds([same[1], same[1]], [[True] + [False] * 9] * 2)
+    assert alone.p_value == p_value_of(alone.difference)

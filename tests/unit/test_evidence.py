@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from smtune.report.benchmarks import targets
 from smtune.reproduce import setting as setting_module
 from smtune.reproduce.cells import Cell
 from smtune.reproduce.declared import load_experiment, load_tier
-from smtune.reproduce.evidence import write_evidence
+from smtune.reproduce.evidence import seven, write_evidence
 from smtune.reproduce.evidence.claims import CLAIMS, DOUBTS
+from smtune.reproduce.evidence.contrasts import Design, accuracy, contrast, of_even_tests, trend
 from smtune.reproduce.evidence.judges import BEST, Better, Counted, Evidence, Places, Timed, Trend
-from smtune.reproduce.evidence.records import Results
+from smtune.reproduce.evidence.records import Found, Results
+from smtune.reproduce.layouts import difference
 from smtune.reproduce.run import Request
 from smtune.reproduce.setting import Setting
 from smtune.reproduce.store import Store
@@ -94,7 +97,7 @@ class Made:
             self.cell(arm.cell(chosen, seed), right + (spread if seed % 2 else -spread), 90, **given)
         return arm
 
-    def cell(self, cell, right, validated=90, *, like=0, items=N, tests=None, plan=None, **metrics):
+    def cell(self, cell, right, validated=90, *, like=0, items=N, tests=None, plan=None, overlap=None, **metrics):
         """A cell of a train experiment.
 
         Args:
@@ -123,7 +126,7 @@ class Made:
             "environment": ENVIRONMENT,
             "metrics": values,
             "measured": measured,
-            "overlap": {},
+            "overlap": overlap or {},
         }
         if plan is not None:
             record["plan"] = plan(seed).to_dict()
@@ -294,6 +297,46 @@ def test_wins_ties_losses_and_what_is_undecided(made):
     assert "**0.1: 90 (1.000)**" in row(everything, "rsLoRA")[1]
 
 
+def test_what_the_choice_of_rates_by_one_of_the_runs_gives_is_said(made):
+    made.control()
+    made.arm("study-methods", "SMT", 100, spread=4)  # 100, 104, 96, …: the first seed chose
+    made.arm("study-methods", "DoRA", 60, seeds=1)  # says nothing
+    others = [104 if seed % 2 else 96 for seed in range(1, SEEDS)]
+    lead = 100 * (100 - np.mean(others)) / N
+    full = [151 if seed % 2 else 149 for seed in range(1, SEEDS)]
+    mean = (lead + 100 * (150 - np.mean(full)) / N) / 2
+    text = part(made.text(), "## Wins, ties and losses")
+    assert f"other seeds is {mean:+.1f}".replace("-", "−") + " points, the mean of 2 arms (above zero in" in text
+
+
+def test_a_test_with_questions_among_the_training_rows_is_left_out(made):
+    made.control(10, 125)
+    found = []
+    for label, right in (("SMT", {"AddSub": 180, "SVAMP": 100}), ("DoRA", {"AddSub": 20, "SVAMP": 100})):
+        (arm,) = made.arms("study-methods", label)
+        for seed in arm.seeds[:2]:
+            made.cell(arm.cell(arm.rates[0], seed), 0, tests=right, overlap={"AddSub": 3, "SVAMP": 0})
+        records = [made.store.load(arm.cell(arm.rates[0], seed).id) for seed in arm.seeds[:2]]
+        found.append(Found(arm, records, {}, 2))
+    one = contrast(*found)
+    assert one is not None
+    assert one.difference.value == 0
+    assert accuracy(found[0]) == 0.5
+    assert trend(found, [0.0, 1.0]).value == 0
+    leaking = [{**record, "overlap": {"AddSub": 3, "SVAMP": 1}} for record in found[0].records]
+    assert difference(leaking, found[1].records)[0].value == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("kept", "at_random", "expected"), [(60, 100, "*holds*"), (100, 60, "**does not hold**")])
+def test_a_warm_up_helps_where_places_after_it_do_not_matter(made, kept, at_random, expected):
+    made.control()
+    made.arm("study-warmup", "dense warm-up, kept", kept)
+    made.arm("study-warmup", "dense warm-up, kept, SMT's counts at random places", at_random)
+    doubts = part(made.text(), "## What others doubt")
+    (line,) = [each for each in doubts.splitlines() if "at random places less dense warm-up, kept" in each]
+    assert expected in line
+
+
 def test_an_interval_beyond_zero_is_not_enough_where_the_exact_test_asks_for_more(made):
     made.control()
     made.arm("study-methods", "SMT", 105, seeds=1)
@@ -462,6 +505,25 @@ def test_the_design_of_a_task(made):
     assert float(told[6]) == pytest.approx(int(told[4]) * float(told[5]), rel=0.1, abs=1)
 
 
+def test_what_it_takes_at_7b_is_of_the_papers_tests():
+    declared = {name: family.size.items for name, family in load_tier("paper").families.items()}
+    assert {name: sum(tests) for name, tests in seven.TESTS.items()} == declared
+    assert of_even_tests([50, 50]) == pytest.approx(100)
+    assert of_even_tests([10, 1000]) == pytest.approx(39.6, abs=0.1)
+
+
+def test_the_widest_task_of_a_kind_may_be_what_stands_in_for_it():
+    def task(family, deviation, tier="smollm2"):
+        made_up = Design(100, 3, 0.5, deviation, [])
+        results = SimpleNamespace(tier=load_tier(tier))
+        return SimpleNamespace(family=family, results=results, design=made_up, control=SimpleNamespace(fault=""))
+
+    tasks: list[Any] = [task("choice", 0.01), task("comparison", 0.08), task("comparison", 0.2, tier="mini")]
+    widest = seven._widest(tasks, "choice")
+    assert widest is not None
+    assert widest[0] is tasks[1]
+
+
 # Claims ---------------------------------------------------------------------------------------------------------------
 
 
@@ -539,7 +601,9 @@ def test_the_best_size_is_chosen_by_held_out_rows(made):
         for rate in arm.rates:
             made.cell(arm.cell(rate, 0), 120, validated if rate == arm.rates[0] else 40)
     claims = part(made.text(), "## The paper's claims")
-    assert "SMT 4.91 % less DoRA 2.5 %" in row(claims, "SMT at 4.91 % surpasses DoRA at its best size")[3]
+    best = row(claims, "SMT at 4.91 % surpasses DoRA at its best size")
+    assert "SMT 4.91 % less DoRA 2.5 %" in best[3]
+    assert "; the best of 3 of 6 sizes" in best[4]
 
 
 def plan(v_rows, q_rows=(), seed=0):

@@ -24,12 +24,16 @@ from smtune.report.benchmarks.page import COMPARISONS, KINDS, page
 from smtune.report.benchmarks.records import difference, spread, step, step_ratios, suites
 from smtune.report.benchmarks.targets import (
     ABSENT,
+    ADDITIVE,
     HOLDS,
     MISSED,
     NO_TARGET,
     OPEN,
+    OTHERS,
     PART,
     REASONS,
+    RIVALS,
+    SMALLER,
     TWO_PROCESSES,
     against,
     compare,
@@ -661,9 +665,45 @@ def test_a_rival_of_another_dtype_is_none(results):
 
 
 def test_what_has_no_target_is_compared_all_the_same(results):
-    (row,) = [row for row in targets(results) if row.group == "others" and row.where == "layers7b-float32-1024"]
-    assert row.verdict == NO_TARGET
-    assert row.measured == "holds: SIFT, dense v_proj, the paper's listing"
+    rows = [row for row in targets(results) if row.group == "others" and row.where == "layers7b-float32-1024"]
+    assert {row.verdict for row in rows} == {NO_TARGET}
+    assert [row.measured for row in rows] == ["holds: SIFT, dense v_proj, the paper's listing", "missed: dense v_proj"]
+
+
+def test_every_arm_of_as_many_parameters_is_a_rival():
+    """In the records too: SMT of a budget is compared with whatever trains as much, to a twentieth."""
+    for path in (DOCS / "results").glob("bench*.json"):
+        for suite in suites(json.loads(path.read_text(encoding="utf-8"))):
+            for name, rivals in RIVALS.items():
+                compared = {*rivals, *OTHERS[name], *SMALLER.get(name, {}), *ADDITIVE.values(), name}
+                own = suite.arms.get(name, {}).get("trained_params", 0)
+                trained = {arm: record.get("trained_params") or 0 for arm, record in suite.arms.items()}
+                equal = {arm for arm, number in trained.items() if abs(number - own) < 0.05 * own}
+                assert equal <= compared, suite.name
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_beside_bf16_weights_a_rival_is_as_the_trainer_runs_it(results, name):
+    where = "layers7b-bfloat16-1024"
+    other = copy.deepcopy(results)
+    for arm in arms(other, where).values():
+        if arm["arm"] == f"{name}-autocast":
+            for each, mine in zip(arm["rounds"], arms(other, where)["smt-0.84"]["rounds"]):
+                each["floor"], each["arm"] = mine["floor"], {part: 0.9 * s for part, s in mine["arm"].items()}
+            arm["peak_tensor_bytes"] = 1
+    rows = [row for row in claims.other_rows(other) if row.where == where]
+    for what in ("× SMT's time", "counted peak at"):
+        assert {row.verdict for row in rows if what in row.measured} == {claims.DOES_NOT}
+    if name == "lora":
+        assert verdicts(other, "counted peak memory at or below LoRA", where) == {where: MISSED}
+
+
+def test_an_arm_that_was_timed_apart_says_so(results):
+    other = copy.deepcopy(results)
+    del arms(other)["smt-0.84"]["timed_on"]
+    (row,) = [row for row in tables(page(other, {}), "arm")[0] if row["arm"] == "SMT 0.84 %"]
+    assert row["step / floor"].endswith(", timed apart")
+    assert ", timed apart" not in tables(page(results, {}), "arm")[0][1]["step / floor"]
 
 
 def test_what_is_missed_has_its_reason(results):
@@ -824,16 +864,13 @@ def test_the_papers_shares(results):
 def test_the_papers_speedup_is_against_full_fine_tuning_not_offloaded(results):
     rows = {row.where: row for row in claims.other_rows(results) if "as fast as full" in row.measured}
     assert rows["table1-float32-1024, full not offloaded"].measured == "SMT 1.26 %: 1.76× as fast as full"
-    assert {row.verdict for row in rows.values()} == {claims.NOT_HERE}  # there is no GPU
-    faster = copy.deepcopy(results)
-    faster["machine"]["gpu"] = "made-up GPU"
-    rows = [row for row in claims.other_rows(faster) if "as fast as full" in row.measured]
-    assert {row.verdict for row in rows} == {claims.DOES_NOT}
-    for record in faster["records"]:
-        if record["kind"] == "table1" and record["arm"] == "full":
-            record["forward_s"] = [40.0] * 10
-    rows = {row.where: row.verdict for row in claims.other_rows(faster) if "as fast as full" in row.measured}
-    assert rows["table1-float32-1024, full not offloaded"] == HOLDS
+    assert {row.verdict for row in rows.values()} == {claims.NOT_HERE}  # these are two layers
+    on_gpu = copy.deepcopy(results)
+    on_gpu["machine"]["gpu"] = "made-up GPU"
+    rows = [row for row in claims.other_rows(on_gpu) if "as fast as full" in row.measured]
+    assert {row.verdict for row in rows} == {claims.NOT_HERE}
+    assert verdicts(results, "the process's peak")
+    assert not verdicts(on_gpu, "the process's peak")
 
 
 def test_faster_than_two_rivals_is_not_shown_by_one(results):
@@ -904,6 +941,8 @@ def test_a_process_peak_is_not_told_apart_where_two_floors_are_not(results):
     for apart, verdict in ((70, OPEN), (30, MISSED)):
         control["peak_rss_bytes"] = floor["peak_rss_bytes"] + apart * 2**20
         assert verdicts(other, what, where) == {where: verdict}
+    arms(other)["dora"]["floor_peak_rss_bytes"] = floor["peak_rss_bytes"] + 200 * 2**20  # of another run
+    assert verdicts(other, what, where) == {where: OPEN}
 
 
 def test_a_slower_layout_than_the_best_misses(results):

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from smtune.errors import InputError
 from smtune.reproduce import setting as setting_module
 from smtune.reproduce.declared import Experiment, Row, load_experiment
 from smtune.reproduce.layouts import collect, render, title_of
@@ -75,6 +76,36 @@ def test_verdicts(tmp_path):
     assert "*worse*" in line(page, "SIFT")
     assert "incomplete" not in page
     assert "not a result" not in page
+
+
+@pytest.mark.parametrize("cut", ["a character", "half a line", "a line", "another's"])
+def test_a_cell_that_is_not_whole_is_refused(cut, tmp_path):
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
+    (arm, *_) = request.arms(experiment(row("SMT")))
+    cell = arm.sweep()[0]
+    save(store, cell, 200)
+    text = store.path(cell.id).read_text(encoding="utf-8")
+    cuts = {
+        "a character": text[:-1],
+        "half a line": text[:-20],
+        "a line": text[: text.rindex("\n", 0, -1) + 1],
+        "another's": text.replace(cell.id, "0" * 16),
+    }
+    store.path(cell.id).write_text(cuts[cut], encoding="utf-8")
+    with pytest.raises(InputError, match=rf"whole of cell {cell.id} .*delete the file"):
+        store.find(cell)
+
+
+@pytest.mark.parametrize("rival", [0.0083, 0.0081])
+def test_a_rival_is_held_against_smt_of_the_size_that_a_rank_allows(rival, tmp_path):
+    rows = [("SMT", "smt", 0.0084), ("LoRA", "lora", rival), ("far", "lora", 0.0043)]
+    made = experiment(*[row(label, method, budgets=[budget]) for label, method, budget in rows])
+    request, store = Request(Setting("mini"), seeds=[0]), Store(tmp_path)
+    for arm in request.arms(made):
+        save(store, arm.sweep()[0], 200)
+    page = page_of(made, request, store, tmp_path)
+    assert "*tie*" in line(page, "LoRA")
+    assert "tie" not in line(page, "far")
 
 
 def test_a_difference_that_may_be_anything_is_undecided(tmp_path):
@@ -201,7 +232,10 @@ def test_data_of_a_folder(tmp_path, monkeypatch):
     assert "1 of 40 test questions are among 40 training rows (AddSub 1)" in data.overlap_text()
     assert len({json.dumps(row) for row in data.train} & {json.dumps(row) for row in data.validation}) == 0
 
-    for place in (*tmp_path.glob("train/*"), *tmp_path.glob("test/*")):  # as LLM-Adapters' repository has them
+    for place in (
+        *tmp_path.glob("train/*"),
+        *tmp_path.glob("test/*"),
+    ):  # in folders by task, as LLM-Adapters'
         moved = tmp_path / "dataset" / place.stem / f"{place.parent.name}.json"
         moved.parent.mkdir(parents=True, exist_ok=True)
         moved.write_text(json.dumps([json.loads(line) for line in place.read_text().splitlines()]))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -207,6 +209,42 @@ def test_outputs_that_the_model_changes_in_place(bias):
     scores = smtune.score_blocks(model, [batch], SMTConfig(target_modules=["q_proj"], block_size=2, budget=1))
     model(**batch).loss.backward()
     torch.testing.assert_close(scores["q_proj"], tile(model.q_proj.weight.grad.abs(), 2).mean((-1, -2)))
+
+
+def test_buffers_that_are_offloaded_are_left_alone():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.norm(self.q_proj(x)).square().mean())
+
+    model = cpu_offload(Normed(), torch.device("cpu"), offload_buffers=True)
+    config = SMTConfig(target_modules=["q_proj"], block_size=4, budget=1, criterion="net")
+    state = random.getstate()
+    scores = smtune.score_blocks(model, [{"x": torch.randn(4, 8)}], config)
+    assert scores["q_proj"].shape == (2, 2)
+    assert random.getstate() == state
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name not in DATA_FREE])
+def test_a_layer_that_gives_a_part_of_its_features_is_refused(criterion, monkeypatch):
+    """As tensor parallelism has it. Rows beyond the part would have no score, silently."""
+
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(8, 16)
+            self.q_proj.register_forward_hook(lambda module, args, y: y[..., :8])
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.q_proj(x).square().mean())
+
+    monkeypatch.setattr(scoring._AbsOfSum, "ROWS", 8)
+    config = SMTConfig(target_modules=["q_proj"], block_size=4, budget=1, criterion=criterion)
+    with pytest.raises(InputError, match="all of its 16 features of 8. Got 8 of 8: if tensor parallelism"):
+        smtune.score_blocks(Split(), [{"x": torch.randn(4, 8)}], config)
 
 
 def test_a_target_outside_the_gradient_is_an_error():

@@ -172,7 +172,7 @@ def test_other_policies_do_not_ask_for_kinds():
         ({"budget": 0}, "fraction of all parameters"),
         ({"budget": 1.5}, "fraction of all parameters"),
         ({"budget": True}, "fraction of all parameters"),
-        ({"budget": 1e-6}, "at least one block.*raise it to 0.000400"),
+        ({"budget": 1e-6}, "at least one block.*raise it to 0.0004 or more"),
         ({"policy": "globl"}, 'Did you mean "global"'),
         ({"policy": "shares"}, "Expected `shares`"),
         ({"policy": "shares", "shares": {"mpl": 1.0}}, "none of q_proj belongs to"),
@@ -186,6 +186,17 @@ def test_other_policies_do_not_ask_for_kinds():
 def test_bad_requests(changes, message):
     with pytest.raises(InputError, match=message):
         select({"m.q_proj": torch.rand(3, 3)}, **({"block_size": 2, "budget": 4, "total_params": TOTAL} | changes))
+
+
+@given(st.integers(1, 256), st.integers(1, 10**12))
+def test_the_smallest_budget_that_is_named_would_do(size, total_params):
+    arguments = {"block_size": size, "total_params": max(total_params, size**2)}
+    try:
+        select({"q_proj": torch.rand(2, 2)}, budget=1e-15, **arguments)
+    except InputError as error:
+        least = float(str(error).split("raise it to ")[1].split(" ")[0])
+        if least <= 1:
+            assert sum(map(len, select({"q_proj": torch.rand(2, 2)}, budget=least, **arguments).values())) == 1
 
 
 def test_a_score_that_is_not_finite_is_named():

@@ -117,11 +117,17 @@ def state_bytes(arm: Arm) -> dict[str, int]:
     trained = {id(parameter) for parameter in arm.trained}
     kept = {id(tensor) for tensor in arm.kept}
     states = arm.optimizer.state.values() if arm.optimizer is not None else ()
+    kind = device_of(arm).type  # on a GPU AdamW's counts of steps are on the CPU
     resident = {id(tensor): tensor for tensor in (*arm.model.parameters(), *arm.model.buffers())}
     return {
         "trained": sum(parameter.nbytes for parameter in arm.trained),
         "gradients": sum(parameter.nbytes for parameter in arm.trained),
-        "optimizer": sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor)),
+        "optimizer": sum(
+            value.nbytes
+            for state in states
+            for value in state.values()
+            if isinstance(value, Tensor) and value.device.type == kind
+        ),
         "originals": sum(tensor.nbytes for tensor in arm.kept) if arm.plan is not None else 0,
         "index": sum(tensor.nbytes for tensor in arm.kept) if arm.plan is None else 0,
         "base": sum(tensor.nbytes for key, tensor in resident.items() if key not in trained | kept),
@@ -136,7 +142,7 @@ def peak_tensor_bytes(arm: Arm, batch: Batch) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step(arm, batch)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"]  # what is allocated is rounded up
     changes = memory_changes(lambda: step(arm, batch))
     return before + max(accumulate(changes, initial=0))
 

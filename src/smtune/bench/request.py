@@ -24,6 +24,10 @@ Job = Callable[[Results, How], None]
 
 TOKENS = {"smollm2": 512}
 DEFAULT_TOKENS = 1024
+OF_ARMS = ("layers7b", "smollm2")
+"""Suites that compare arms."""
+OWN_TOKENS = ("sweeps", "cost-aware")
+"""Suites that have tokens of their own."""
 QUICK_ARMS = ["floor", "smt-0.84", "lora", "full"]
 QUICK_MODEL, QUICK_TOKENS = "llama-64x2", 64
 
@@ -67,6 +71,7 @@ def check(request: Request, writable: Sequence[Path]) -> None:
     ]
     wrong = [count for count in request.tokens or () if count < 4 or count % 4]
     faults += [f"Expected tokens to be a multiple of 4, the rows of a batch. Got {count}." for count in wrong]
+    faults += _nothing_to_do(request)
     if request.rounds < 1:
         faults.append(f"Expected at least one round. Got {request.rounds}.")
     here = cores()
@@ -84,6 +89,24 @@ def check(request: Request, writable: Sequence[Path]) -> None:
     faults += [fault for path in writable if (fault := not_writable(path)) is not None]
     if faults:
         raise InputError("\n".join(faults))
+
+
+def _nothing_to_do(request: Request) -> list[str]:
+    """Arms and tokens that no suite of the request would take up."""
+    wanted = [name for name in suites.SUITES if name in request.suites or "all" in request.suites]
+    has_arms = request.quick or any(name in OF_ARMS for name in wanted)
+    faults = []
+    if request.arms is not None and wanted and not has_arms:
+        faults.append(f"Expected --arms with the suites {' or '.join(OF_ARMS)}. Got it with {', '.join(wanted)}.")
+    dtypes = ("float32",) if request.quick else request.dtypes
+    unfit = [arm for arm in request.arms or () if not any(suites.is_for(arm, dtype) for dtype in dtypes)]
+    faults += [f"Expected --dtype bfloat16 for the arm {arm}. Got {', '.join(dtypes)}." for arm in unfit]
+    own = [name for name in wanted if name in OWN_TOKENS]
+    if request.tokens and own == wanted:
+        faults.append(f"Expected no --tokens with {', '.join(own)}, which have their own. Got some.")
+    if request.device == "cuda" and "kernels" in wanted:
+        faults.append("Expected --device cpu for the suite kernels. Got cuda: `make bench-gpu` times those of GPUs.")
+    return faults
 
 
 def _unknown(what: str, given: Sequence[str], known: Collection[str]) -> list[str]:
@@ -133,7 +156,7 @@ def jobs(request: Request) -> list[Job]:
     found: list[Job] = []
     for suite in wanted:
         for dtype in request.dtypes:
-            for tokens in request.tokens or [TOKENS.get(suite, DEFAULT_TOKENS)]:
+            for tokens in (suite not in OWN_TOKENS and request.tokens) or [TOKENS.get(suite, DEFAULT_TOKENS)]:
                 found += _of_suite(suite, dtype, tokens, arms, rival)
     return found
 

@@ -105,10 +105,13 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         """Put a record in place of the one that gives way to it, or at the end, and write the file.
 
-        It is kept with the day, the commit and the command that it was measured by. An arm that was timed with others
-        keeps the record of those turns beside that of later ones, since arms are compared within one process.
+        It is kept with the day, the commit and the command that it was timed by, and, if that was another, with those
+        that it was counted by. An arm that was timed with others keeps the record of those turns beside that of later
+        ones, since arms are compared within one process.
         """
-        record = record | {"run": self.run}
+        timed = record.get("run", self.run)
+        counted = {} if timed == self.run or record.get("uncounted") else {"counted_run": self.run}
+        record = record | {"run": timed} | counted
         same = [k for k, old in enumerate(self.records) if identity(old) == identity(record)]
         places = [k for k in same if _gives_way(self.records[k], record)]
         if places:

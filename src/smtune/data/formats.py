@@ -3,8 +3,8 @@
 A `Record` is a checked row that knows where it stands; an `Example` is its text, cut into segments with and without
 loss. All rows of a source are checked before any is used, so a bad one is met before training, not within it.
 
-The prompt of the instruction shape is Stanford Alpaca's, as in LLM-Adapters (Hu et al. 2023, arXiv:2304.01933);
-training and evaluation share the one function.
+The prompt of the instruction shape is Stanford Alpaca's. LLM-Adapters (Hu et al. 2023, arXiv:2304.01933) asks by it,
+but indents all lines after the first by 16 spaces. Training and evaluation share the one function.
 """
 
 from __future__ import annotations

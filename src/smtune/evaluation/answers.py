@@ -1,8 +1,8 @@
 """What a completion answers: extraction by the LLM-Adapters protocol, and the comparison with the truth.
 
 Follows `evaluate.py` and `commonsense_evaluate.py` of AGI-Edgerunners/LLM-Adapters, and departs where those
-misread: case is ignored ("True."), AQuA takes the answer stated and not the first capital in the text, numbers
-keep their thousands and fractions, and "10-5" holds no minus five.
+misread: case is ignored ("True."), a number or letter is the one stated where one is, and not the last number or the
+first capital of the text, numbers keep their thousands and fractions, and "10-5" holds no minus five.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _STATED = re.compile(
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _OPERATOR = re.compile(r"\s*[-−+*×x÷/^]")
+_SUM = re.compile(r"[\d.\s]*[^\d.\s=].*=")  # more than figures before the last "="
 
 # A letter right after "the answer is". A small one may be the article: it must be closed by punctuation.
 _STATED_LETTER = re.compile(
@@ -93,9 +94,11 @@ def _statements(text: str) -> list[str]:
 
 def _stated_number(statement: str) -> float | None:
     found = _NUMBER.search(statement)
-    if found and "=" in statement and _OPERATOR.match(statement, found.end()):
-        # "The answer is 2 + 3 = 5": the number stated is the result.
-        found = _NUMBER.search(statement, statement.rindex("=") + 1) or found
+    if found and _SUM.match(statement, found.end()):
+        # "2 + 3 = 5", "20% of 50 = 10": the number stated is the result, which stands first in "5 = 2 + 3".
+        result = _NUMBER.search(statement, statement.rindex("=") + 1)
+        if result and not _OPERATOR.match(statement, result.end()):
+            found = result
     return _value(found) if found else None
 
 

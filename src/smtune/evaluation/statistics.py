@@ -162,7 +162,7 @@ class SeedsDifference:
 
     Args:
         difference: with a 95 % interval over items and seeds.
-        p_value: two-sided, that both are equally good: exact McNemar for one seed, else of the interval's normal.
+        p_value: two-sided, that both are equally good: exact McNemar for one seed, else `p_value_of` the interval.
     """
 
     n: int
@@ -211,17 +211,38 @@ def difference_over_tests(tests: Sequence[tuple[Runs, Runs]]) -> SeedsDifference
 def _in_quadrature(tests: Sequence[tuple[Runs, Runs]]) -> SeedsDifference:
     """The mean over tests; its interval has the items' parts of the tests and the seeds' parts of the two arms."""
     value = fmean(fmean(map(fmean, a)) - fmean(map(fmean, b)) for a, b in tests)
-    seeds = [_of_seeds([fmean(map(fmean, runs)) for runs in zip(*arm)]) for arm in zip(*tests)]
-    half = math.hypot(*[_of_items(a, b) / len(tests) for a, b in tests], *seeds)
+    parts = [(_of_items(a, b) / len(tests), math.inf) for a, b in tests]
+    for arm in zip(*tests):
+        means = [fmean(map(fmean, runs)) for runs in zip(*arm)]
+        parts += [(_of_seeds(means), len(means) - 1)] if len(means) > 1 else []
+    half = math.hypot(*[part for part, _ in parts])
     estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
-    return SeedsDifference(sum(len(a[0]) for a, _ in tests), estimate, p_value_of(estimate))
+    return SeedsDifference(sum(len(a[0]) for a, _ in tests), estimate, p_value_of(estimate, _degrees(parts)))
 
 
-def p_value_of(difference: Estimate) -> float:
-    """The two-sided p-value that a difference is zero, by the normal distribution that its 95 % interval stands for."""
+def _degrees(parts: Sequence[tuple[float, float]]) -> float:
+    """Of freedom of a sum whose parts have these, each with half of its 95 % interval.
+
+    Source: Welch 1947, Biometrika 34, 28; Satterthwaite 1946, Biometrics Bull. 2, 110.
+    """
+    variances = [(half / (Z_95 if n == math.inf else student(int(n)))) ** 2 for half, n in parts]
+    spread = sum(variance**2 / n for variance, (_, n) in zip(variances, parts))
+    return sum(variances) ** 2 / spread if spread else math.inf
+
+
+def p_value_of(difference: Estimate, degrees: float = math.inf) -> float:
+    """The two-sided p-value that a difference is zero, by the distribution that its 95 % interval stands for.
+
+    Args:
+        degrees: of freedom of Student's distribution; endless ones make it the normal.
+    """
     value = difference.value
     half = value - difference.low if value > 0 else difference.high - value  # the side on which zero is
-    return math.erfc(abs(value) / half * Z_95 / math.sqrt(2)) if half else float(value == 0)
+    if not half:
+        return float(value == 0)
+    if degrees > MANY:
+        return math.erfc(abs(value) / half * Z_95 / math.sqrt(2))
+    return student_tails(abs(value) / half * student(math.floor(degrees)), math.floor(degrees))
 
 
 def verdict(difference: Estimate, p_value: float = 0.0) -> Verdict:
@@ -284,6 +305,25 @@ def _of_seeds(means: Sequence[float]) -> float:
     if k < 2:
         return 0.0
     return student(k - 1) * stdev(means) / math.sqrt(k)
+
+
+MANY = 1000
+"""Degrees of freedom of which Student's distribution is taken for the normal."""
+
+
+def student_tails(t: float, n: int) -> float:
+    """How likely Student's |t| of n > 0 degrees of freedom is to be t or more.
+
+    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    sine, cosine_squared = t / math.sqrt(n + t * t), n / (n + t * t)
+    term, total = 1.0, 0.0
+    for k in range(n // 2):
+        total += term
+        term *= cosine_squared * ((2 * k + 1) / (2 * k + 2) if n % 2 == 0 else (2 * k + 2) / (2 * k + 3))
+    if n % 2 == 0:
+        return max(0.0, 1 - sine * total)
+    return max(0.0, 1 - 2 / math.pi * (math.asin(sine) + sine * math.sqrt(cosine_squared) * total))
 
 
 def student(n: int) -> float:

@@ -44,7 +44,7 @@ def block_grad(grad_y_NO: Tensor, x_NI: Tensor, index: BlockIndex) -> Tensor:
             f"Expected grad_y and x with the same leading dims and dtype. Got {tuple(grad_y_NO.shape)} "
             f"{grad_y_NO.dtype} and {tuple(x_NI.shape)} {x_NI.dtype}."
         )
-    return _flat_block_grad(grad_y_NO, x_NI, index.sides, grid.block_size)
+    return _flat_block_grad(grad_y_NO.detach(), x_NI.detach(), index.sides, grid.block_size)
 
 
 def block_grad_compact(grad_y_NO: Tensor, x_used: Tensor, index: BlockIndex) -> Tensor:
@@ -76,7 +76,10 @@ def flatten(x: Tensor) -> Tensor:
 
 
 # The operators, opaque to compilers. Places of blocks come as lists: a kernel on a device keeps the tables it makes of
-# them, since a compiler can trace neither the making in a backward nor a cache that another step has filled.
+# them, since a compiler can trace neither the making in a backward nor a cache that another step has filled. Nor may a
+# CUDA graph hold the tables, whose memory is its own to use again: compilers are told to leave the operators out of it.
+
+TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
 
 
 def _block_grad(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
@@ -97,7 +100,7 @@ def _block_grad_fake(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Seque
 torch.library.define(
     "smtune::block_grad",
     "(Tensor grad_y, Tensor x, int[] rows, int[] cols, int block_size) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS,
 )
 torch.library.impl("smtune::block_grad", "default", _block_grad)
 torch.library.impl("smtune::block_grad", "cuda", _block_grad_gpu)
@@ -110,7 +113,7 @@ def _block_grad_flop(grad_y_shape, x_shape, rows, cols, block_size, *args, **kwa
     return 2 * x_shape[0] * len(rows) * block_size**2
 
 
-@torch.library.custom_op("smtune::block_product_", mutates_args=("y",))
+@torch.library.custom_op("smtune::block_product_", mutates_args=("y",), tags=TAGS)
 def _block_product_op(
     y: Tensor, x: Tensor, blocks: Tensor, rows: Sequence[int], cols: Sequence[int], transpose: bool
 ) -> None:
@@ -142,8 +145,8 @@ def _triton_kernels(x: Tensor, block_size: int) -> ModuleType | None:
 def _triton_kernels_on(device: torch.device) -> ModuleType | None:
     if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    kernels = import_module("smtune.kernels.triton_blocks")
     try:
+        kernels = import_module("smtune.kernels.triton_blocks")
         kernels.start()
     except Exception as error:  # whatever it is, the loop does without
         warnings.warn(

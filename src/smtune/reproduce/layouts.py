@@ -517,27 +517,43 @@ def right(record: Record) -> dict[str, list[bool]]:
     return by_test
 
 
+def compared_tests(*arms: Sequence[Record]) -> list[str]:
+    """The tests of all arms by which they are compared: without those that have questions among the training rows.
+
+    Where all have, all of them.
+    """
+    first, *others = (right(records[0]) for records in arms)
+    tests = [test for test in first if all(test in other for other in others)]
+    leaked = {test for records in arms for test in _leaked(records[0])}
+    return [test for test in tests if test not in leaked] or tests
+
+
 def difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[Estimate, float]:
-    """Accuracy of arm a less that of b, the mean over the tests of both with its interval; and its p-value."""
+    """Accuracy of arm a less that of b, the mean over `compared_tests` with its interval; and its p-value."""
     runs_a, runs_b = ([right(record) for record in records] for records in (a, b))
-    tests = [test for test in runs_a[0] if test in runs_b[0]]
+    tests = compared_tests(a, b)
     found = difference_over_tests([([run[test] for run in runs_a], [run[test] for run in runs_b]) for test in tests])
     return found.difference, found.p_value
 
 
 def _against(arm: Arm, records: Sequence[Record], result: Result) -> str:
-    """The difference from SMT of the same model, family and budget; of an arm without a budget, from the first SMT."""
+    """The difference from SMT of the same model, family and size; of an arm without a budget, from the first SMT."""
     others = [
         (other, found)
         for other, found in result.present
         if (other.family, other.model, other.row.method) == (arm.family, arm.model, "smt")
         and not _is_variant(other)
-        and (other.budget == arm.budget or arm.row.method in UNBUDGETED)
+        and (arm.row.method in UNBUDGETED or of_one_size(other.budget, arm.budget))
     ]
     if not others or others[0][0] is arm:
         return DASH
     total, p_value = difference(records, others[0][1])
     return f"{points(total)}, {p_text(p_value)}, *{verdict(total, p_value)}*"
+
+
+def of_one_size(a: float, b: float) -> bool:
+    """Whether two budgets are as near as ranks allow: within a twentieth."""
+    return math.isclose(a, b, rel_tol=0.05)
 
 
 def _is_variant(arm: Arm) -> bool:

@@ -149,6 +149,7 @@ def load_data(setting: Setting, family: str) -> Data:
     """Read, split and hash. Raises InputError for data that is not there."""
     tier = setting.declared
     declared = _family(setting, family)
+    tests = _tests(setting, declared)  # before rows, which may be fetched
     rows = [row for source in declared.train for row in _rows(setting, source)]
     places = list(range(len(rows)))
     random.Random("validation").shuffle(places)
@@ -159,9 +160,6 @@ def load_data(setting: Setting, family: str) -> Data:
     # A question that stands twice must not be on both sides.
     asked = {question_key(str(row.get("instruction"))) for row in validation}
     train = [row for row in train if question_key(str(row.get("instruction"))) not in asked]
-    limit = setting.items or tier.evaluation.items
-    folder = None if setting.data is None else _tests_folder(Path(setting.data), tier)
-    tests = [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit, declared.skip)]
     validation_items = [
         Item(TASKS[row["task"]], place, row["instruction"], row.get("input") or "", str(row["answer"]))
         for place, row in enumerate(validation)
@@ -217,6 +215,18 @@ def _path(folder: Path, source: str) -> Path:
     path = folder / source
     instead = folder / LLM_ADAPTERS / path.stem / "train.json"
     return instead if instead.exists() and not path.exists() else path
+
+
+def _tests(setting: Setting, declared: Family) -> list[Item]:
+    tier = setting.declared
+    limit = setting.items or tier.evaluation.items
+    folder = None if setting.data is None else _tests_folder(Path(setting.data), tier)
+    try:
+        return [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit, declared.skip)]
+    except InputError as error:
+        if folder is not None:
+            raise
+        raise InputError(f"{error} Here: `git clone {RECORDS_URL}`, and --data with the clone.") from None
 
 
 def _tests_folder(folder: Path, tier: Tier) -> Path:

@@ -33,17 +33,24 @@ class Store:
         return self._read.get(cell.id)
 
     def load(self, cell_id: str) -> Record:
-        """A record by identity. Raises InputError where there is none, or one that cannot be read."""
+        """A record by identity. Raises InputError where there is none, or one that is not whole."""
         path = self.path(cell_id)
         try:
             # Lines end with "\n" alone: splitlines() would also cut at separators inside a completion.
-            record, *items = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+            *lines, rest = path.read_text(encoding="utf-8").split("\n")
+            record, *items = map(json.loads, lines)
+            tests = record["metrics"].get("tests") or {}
+            is_whole = rest == "" and record["cell"] == cell_id
+            is_whole = is_whole and (not tests or len(items) == sum(test["items"] for test in tests.values()))
         except FileNotFoundError:
             raise InputError(f"Expected a cell at {path}. There is none: its name is that of a file there.") from None
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
+            is_whole, record, items = False, {}, []
+        if not is_whole:
             raise InputError(
-                f"Expected JSON lines in {path}. Got others: delete the file, and the cell runs again."
-            ) from None
+                f"Expected the whole of cell {cell_id} in {path}. Got a part of it, or something else: delete the "
+                "file, and the cell runs again."
+            )
         return record | {"items": items}
 
     def save(self, cell: Cell, record: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> None:

@@ -201,7 +201,8 @@ class TrainConfig(_Section):
         output: the run folder; new or empty, unless the run is resumed.
         method: what is trained: blocks ("smt"), "lora", "dora", or every weight ("full").
         dtype: of the frozen weights. What is trained is fp32 in every method, so with "full" and in a dense warm-up
-            the weights stay fp32 and "bfloat16" means that the products are made in it (autocast).
+            the weights stay fp32 and "bfloat16" means that the products are made in it (autocast); those of LoRA and
+            DoRA are too, without DeepSpeed or FSDP2.
     Raises:
         ValidationError: from the constructor; `load_config` turns it into an InputError.
     """

@@ -75,8 +75,13 @@ def _check_precision(config: TrainConfig) -> None:
 
 
 def _is_in_bf16(config: TrainConfig) -> bool:
-    """Whether Trainer computes in bf16 what is trained in fp32: full fine-tuning of a model that is to be bf16."""
-    return config.method == "full" and config.dtype == "bfloat16"
+    """Whether Trainer computes in bf16 what is trained in fp32: of a model that is to be bf16, all but SMT's blocks.
+
+    They stand in its weights. PEFT's factors would be multiplied in fp32; with DeepSpeed and FSDP2, which cast or widen
+    the frozen weights too where this is on, they are.
+    """
+    is_cast = config.method == "full" or (config.method != "smt" and engine_name(config) == "none")
+    return is_cast and config.dtype == "bfloat16"
 
 
 def _deepspeed_values(config: TrainConfig) -> dict[str, Any]:

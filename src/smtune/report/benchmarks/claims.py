@@ -31,7 +31,7 @@ from smtune.report.benchmarks.records import (
     suites,
     timed_together,
 )
-from smtune.report.benchmarks.targets import ABSENT, EQUAL, HOLDS, MISSED, OPEN, PART, compare
+from smtune.report.benchmarks.targets import ABSENT, EQUAL, HOLDS, MISSED, OPEN, PART, as_trained, compare
 
 DOES_NOT = "does not"
 NOT_HERE = "not to be judged here"
@@ -217,8 +217,7 @@ CUT = "reducing the GPU memory footprint by 67% compared to FT"
 def other_rows(results: Record) -> list[OtherRow]:
     """Speed, memory and forward cost, a row for every suite that can judge the claim."""
     found = [suite for suite in suites(results) if suite.is_7b()] or suites(results)
-    has_gpu = bool(get(results, "machine", "gpu"))
-    claimed = (  # with whether it is of GPUs alone
+    claimed = (  # with whether it is of whole models, of GPUs with one offloaded
         (SPEED, "§3.3", _speedup, _table1_speedups(results), True),
         (SPEED, "§3.3", _faster, [], False),
         (FORWARD, "§3.3", _forward, [], False),
@@ -226,10 +225,10 @@ def other_rows(results: Record) -> list[OtherRow]:
         (CUT, "abstract", _memory_cut, [], True),
     )
     rows = []
-    for quote, source, judge, more, is_of_gpus in claimed:
+    for quote, source, judge, more, is_of_models in claimed:
         judged = [(suite.name, *judge(suite)) for suite in found] + more
         judged = [OtherRow(quote, source, *row) for row in judged if row[2] != ABSENT]
-        if is_of_gpus and not has_gpu:
+        if is_of_models:
             judged = [replace(row, verdict=NOT_HERE) for row in judged]
         rows += judged or [OtherRow(quote, source, "", "", ABSENT)]
     return rows
@@ -258,7 +257,7 @@ def _table1_speedups(results: Record) -> list[tuple[str, str, str]]:
 def _faster(suite: Suite) -> tuple[str, str]:
     texts, verdicts = [], []
     for name, rival in (("LoRA", "lora"), ("DoRA", "dora")):
-        smt, other = suite.both(USUAL, rival)
+        smt, other = suite.both(USUAL, as_trained(suite, rival))
         mine, theirs = step_ratios(smt), step_ratios(other)
         if mine.size and theirs.size:
             texts.append(f"{name} takes {float(np.median(theirs) / np.median(mine)):.3f}× SMT's time")
@@ -280,7 +279,7 @@ def _lower(suite: Suite) -> tuple[str, str]:
     texts, lower = [], []
     measured = {name for equal in EQUAL.values() for name, arm in equal.items() if ran(suite.arms.get(arm))}
     for smt, equal in EQUAL.items():
-        arms = {"SMT": smt, **equal}
+        arms = {"SMT": smt, **{name: as_trained(suite, arm) for name, arm in equal.items()}}
         peaks = {name: peak for name, arm in arms.items() if (peak := get(suite.arms.get(arm), "peak_tensor_bytes"))}
         if "SMT" in peaks and len(peaks) > 1:
             budget = words.arm(smt).removeprefix("SMT ")

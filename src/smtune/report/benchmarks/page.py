@@ -134,12 +134,12 @@ def _timed(results: Record) -> str:
 
 
 def _counted(results: Record) -> list[str]:
-    """Of records that were timed anew and keep what an earlier run had counted."""
+    """Of records that one run timed and another counted."""
     found = results.get("records") or ()
     runs = [run for record in found if (run := record.get("counted_run"))]
     of = "; ".join(dict.fromkeys(map(words.run, runs)))
-    text = f"""{len(runs)} of {len(found)} records keep what an earlier run had counted of the same arm ({of}); the
-        others were counted with their timing"""
+    text = f"""{len(runs)} of {len(found)} records have what another run than their timing's counted of the same arm
+        ({of})"""
     return [prose(text)] if runs else []
 
 
@@ -186,7 +186,7 @@ def _targets(results: Record) -> str:
     *{OPEN}*, and so are arms that were not timed in one process with their floor. Arms of two processes, each with a
     floor of its own, are told apart where the interval is beyond {words.percent(ACROSS, 0)} of the floor's step.
     An exponent holds, or is missed, with all of its interval. Counts are compared as they are, and so is memory, but
-    for the process's: what differs by no more than two floors is not told apart. *{PART}*: some of the rivals were not
+    for the process's: what differs by no more than floors do is not told apart. *{PART}*: some of the rivals were not
     measured."""
     heads = ("from", "target", "where", "measured", "verdict")
     shown = [(row.group, row.what, row.where, row.measured, verdict(row.verdict)) for row in rows]
@@ -203,11 +203,11 @@ def _reading() -> str:
         f"""**step / floor**: every step of an arm over the floor step beside it, or the mean of two. Median of these
         pairs, in brackets their middle half (25 to 75 %). *forward*, *backward*, *optimizer*: the median of that part
         over the whole floor step. **wide**: the middle half reaches over more than {words.percent(WIDE, 0)} of the
-        median; what differs by less is not told apart.""",
+        median. *timed apart*: in a process of its own, in which equal arms may differ by a tenth.""",
         """**pairs**: arms of a suite that have different numbers of them are of different runs, those of the commands
         at the end, each over the floor of its own run. Of an arm that was measured in several, the one with the most
-        pairs is shown, and *measured* is its day and commit; two arms are compared by the process that both took turns
-        in, if there is one; full fine-tuning has one of its own.""",
+        pairs is shown, and *measured* is the day and commit of its timing; two arms are compared by the process that
+        both took turns in, if there is one.""",
         """**SMT 0.43 % to 4.91 %** are shares of LLaMA-7B. On other models these arms train the same share of the
         blocks of q, k and v.""",
         """**FLOPs / floor**: counted; products of matrices only.""",
@@ -222,7 +222,9 @@ def _reading() -> str:
         those of published models; SMT's copy of the base's blocks then takes 2 bytes each, in a model of fp32 too.""",
         """Blocks stand at random places, as many in every layer: the worst case for what is saved, since blocks
         chosen by score crowd in fewer columns.""",
-        """Trained tensors are fp32 in all arms but *full, bfloat16 weights*. All train by torch's AdamW.""",
+        """Trained tensors are fp32 in all arms but *full, bfloat16 weights*. All but Table 1's CPUAdam train by
+        torch's AdamW as it is by default, on CPUs a loop over tensors. A fused one, Trainer's default, takes half of it
+        or less, which would make full fine-tuning cheaper by most of its optimizer's part.""",
         """There is no autocast but in the arms that say so. Beside bf16 weights PEFT multiplies LoRA's and DoRA's fp32
         factors in fp32, on inputs cast to it; under autocast these products are of bf16. Full fine-tuning under
         autocast has fp32 weights, gradients and states.""",

@@ -22,8 +22,18 @@ from smtune.report.benchmarks.records import (
     spread,
     step,
     step_ratios,
+    timed_together,
 )
-from smtune.report.benchmarks.targets import ACROSS, OTHERS, RIVALS, SMALLER, against, how_apart, memory_parts
+from smtune.report.benchmarks.targets import (
+    ACROSS,
+    OTHERS,
+    RIVALS,
+    SMALLER,
+    TIMED_APART,
+    against,
+    how_apart,
+    memory_parts,
+)
 from smtune.report.markdown import DASH, prose, section, table
 
 
@@ -68,7 +78,8 @@ def _times(suite: Suite) -> str:
             continue
         found = spread(step_ratios(arm))
         ratios = "1 by definition" if name == FLOOR else words.with_quartiles(found)
-        row.append(f"{ratios} **wide**" if found and found.wide else ratios)
+        apart = TIMED_APART if found and name != FLOOR and not timed_together(arm) else ""
+        row.append(f"{ratios} **wide**{apart}" if found and found.wide else f"{ratios}{apart}")
         row += [words.ratio(median(part_ratios(arm, part))) for part in PARTS]
         row.append(words.ratio(over(all_flops(arm), floor_flops(arm, suite.floor))))
         row.append(words.count(found.n if found else None))
@@ -111,7 +122,7 @@ def rivals_section(found: list[Suite]) -> str:
     """SMT's step less each rival's, in every suite."""
     tables = []
     for name, rivals in RIVALS.items():
-        rivals = rivals | SMALLER.get(name, {}) | (OTHERS if name == "smt-0.84" else {})
+        rivals = rivals | SMALLER.get(name, {}) | OTHERS.get(name, {})
         rows = []
         for suite in found:
             told = [against(suite, name, rival) for rival in rivals]

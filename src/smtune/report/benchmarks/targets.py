@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smtune.bench.suites import is_for
+from smtune.bench.suites import ARMS, AUTOCAST, is_for
 from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks import sweeps, words
 from smtune.report.benchmarks.records import (
@@ -66,18 +66,23 @@ RIVALS = {
 """By arm of SMT, who has to be slower, and the name it has there. Those under autocast are of bf16 alone."""
 SMALLER = {"smt-4.91": {"dora": "DoRA 0.84 %", "shira": "SHiRA 0.84 %", "supertuning": "Super-tuning 0.84 %"}}
 """Likewise, of a sixth of the parameters."""
-OTHERS = {"sift": "SIFT", "dense-v": "dense v_proj", "appendix-a": "the paper's listing"}
-"""Who is compared with SMT 0.84 % without a target: of equal parameters, of more, and of a weaker contract."""
+OTHERS = {
+    "smt-0.84": {"sift": "SIFT", "dense-v": "dense v_proj", "appendix-a": "the paper's listing"},
+    "smt-4.91": {"dense-v": "dense v_proj"},
+}
+"""Who is compared without a target: of equal parameters, of a weaker contract, and a dense v_proj, which trains five
+times as much as SMT 0.84 % and, on SmolLM2, as much as SMT 4.91 %."""
 FULL = ("full", "full-autocast")
 """Full fine-tuning; over bf16 the first has bf16 weights and states."""
 EQUAL = {"smt-0.84": {"LoRA": "lora", "DoRA": "dora"}, "smt-4.91": {"LoRA": "lora-4.91", "DoRA": "dora-4.91"}}
-"""By arm of SMT, adapters that train as many parameters."""
+"""By arm of SMT, adapters that train as many parameters; `as_trained` says how they are run."""
 ADDITIVE = {"smt-0.84": "smt-additive", "smt-4.91": "smt-additive-4.91"}
 """By arm of SMT, which is resident, the same in the additive mode."""
 RESIDENT = ("smt-0.43", "smt-0.84", "smt-1.26", "smt-2.5", "smt-3.73", "smt-4.91")
 ACROSS = 0.1
 """Of the floor's step: arms of two processes are told apart beyond it; equal ones differ by up to it (ADR 0021)."""
 TIMED_APART, TWO_PROCESSES = ", timed apart", ", of two processes"
+PROCESS_PEAK = "the process's peak memory at or below LoRA's of equal parameters"
 CONTROL = 0.01
 """A second floor's median step is at most so far from the floor's."""
 FAR_BELOW = 0.5
@@ -113,6 +118,7 @@ class Row:
 def targets(results: Record) -> list[Row]:
     """All target rows, those that nothing was measured for included."""
     found = suites(results)
+    has_gpu = bool(get(results, "machine", "gpu"))  # whose memory the process's is not
     return [
         *_each(found, "control", f"a second floor among the arms: step / floor 1 to within {CONTROL}", _control),
         *_step(found),
@@ -133,7 +139,7 @@ def targets(results: Record) -> list[Row]:
             "counted peak beyond the floor's = index + deltas + originals + Adam + what is saved, to the byte",
             _gap,
         ),
-        *_each(found, "3", "the process's peak memory at or below LoRA's of equal parameters", _peak_process),
+        *([] if has_gpu else _each(found, "3", PROCESS_PEAK, _peak_process)),
         *_each(found, "3", f"counted peak memory at most {words.percent(FAR_BELOW, 0)} of full's", _peak_full),
         *_growth(results),
         *_cost_aware(results),
@@ -210,6 +216,15 @@ def against(suite: Suite, name: str, rival: str) -> tuple[Estimate | None, str]:
     if not is_for(rival, suite.first.get("dtype", "")):
         return None, NO_TARGET
     return compare(*suite.both(name, rival))
+
+
+def as_trained(suite: Suite, name: str) -> str:
+    """An arm of LoRA or DoRA as Hugging Face's Trainer runs it beside weights in bf16: under autocast.
+
+    Itself where there is no such arm.
+    """
+    under = f"{name}{AUTOCAST}"
+    return under if suite.first.get("dtype") == "bfloat16" and under in ARMS else name
 
 
 def how_apart(a: Record | None, b: Record | None) -> str:
@@ -323,11 +338,14 @@ def _others(found: list[Suite]) -> list[Row]:
     """SMT against what no target is about."""
 
     def judge(suite: Suite) -> tuple[str, str]:
-        verdicts = {shown: against(suite, "smt-0.84", other)[1] for other, shown in OTHERS.items()}
+        verdicts = {shown: against(suite, name, other)[1] for other, shown in others.items()}
         return _by_verdict(verdicts), ABSENT if worst(verdicts.values()) == ABSENT else NO_TARGET
 
-    what = f"{words.arm('smt-0.84')} against {', '.join(OTHERS.values())}: a step below theirs"
-    return [row for row in _each(found, "others", what, judge) if row.verdict != ABSENT]
+    rows = []
+    for name, others in OTHERS.items():
+        what = f"{words.arm(name)} against {', '.join(others.values())}: a step below theirs"
+        rows += [row for row in _each(found, "others", what, judge) if row.verdict != ABSENT]
+    return rows
 
 
 # -- the design's counts ---------------------------------------------------------------------------------------------
@@ -396,7 +414,8 @@ def _below_lora(suite: Suite, key: str, noise: float | None = None) -> tuple[str
     """SMT against LoRA; what differs by at most `noise` bytes is not told apart. None: what is counted has none."""
     parts = {}
     for smt, equal in EQUAL.items():
-        mine, theirs = (get(suite.arms.get(arm), key) for arm in (smt, equal["LoRA"]))
+        lora = as_trained(suite, equal["LoRA"])
+        mine, theirs = (get(suite.arms.get(arm), key) for arm in (smt, lora))
         if mine and theirs:
             text = f"{words.size(mine)} against {words.size(theirs)} ({words.signed_size(mine - theirs)})"
             is_told = noise is None or abs(mine - theirs) > noise
@@ -409,18 +428,21 @@ def _peak_counted(suite: Suite) -> tuple[str, str]:
     """Of the resident mode, which is the default; where it misses, the additive one is named too: it keeps no copy."""
     text, verdict = _below_lora(suite, "peak_tensor_bytes")
     for resident, additive in ADDITIVE.items():
-        peaks = [get(suite.arms.get(arm), "peak_tensor_bytes") for arm in (resident, additive, EQUAL[resident]["LoRA"])]
+        lora = as_trained(suite, EQUAL[resident]["LoRA"])
+        peaks = [get(suite.arms.get(arm), "peak_tensor_bytes") for arm in (resident, additive, lora)]
         if all(peaks) and peaks[0] > peaks[2]:
             text += f"; {label(suite.arms[additive])} {words.size(peaks[1])} ({words.signed_size(peaks[1] - peaks[2])})"
     return text, verdict
 
 
 def _peak_process(suite: Suite) -> tuple[str, str]:
-    """One sample each: what two floors differ by tells nothing, and without two nothing tells."""
-    floor, control = (get(suite.arms.get(arm), "peak_rss_bytes") for arm in ("floor", "control"))
-    noise = abs(control - floor) if floor and control else math.inf
+    """One sample each: what a suite's floors differ by, in all its runs, tells nothing; without two nothing tells."""
+    of_runs = [arm.get("floor_peak_rss_bytes") for turns in suite.turns for arm in turns.values()]
+    own = [get(suite.arms.get(name), "peak_rss_bytes") for name in ("floor", "control")]
+    floors = {peak for peak in (*own, *of_runs) if peak}
+    noise = max(floors) - min(floors) if len(floors) > 1 else math.inf
     text, verdict = _below_lora(suite, "peak_rss_bytes", noise)
-    known = "no second floor" if noise == math.inf else f"two floors differ by {words.size(noise)}"
+    known = "no second floor" if noise == math.inf else f"{len(floors)} floors differ by up to {words.size(noise)}"
     return (f"{text}; {known}" if text else text), verdict
 
 

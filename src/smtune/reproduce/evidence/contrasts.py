@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from smtune.evaluation.statistics import Z_95, Estimate, Verdict, mean_over_seeds, smallest_difference, student, verdict
 from smtune.reproduce.cells import Record
 from smtune.reproduce.evidence.records import Found
-from smtune.reproduce.layouts import difference, right
+from smtune.reproduce.layouts import compared_tests, difference, right
 
 DRAWS = 2000
 SEED = 20240525
@@ -43,10 +43,6 @@ class Contrast:
     def verdict(self) -> Verdict:
         return verdict(self.difference, self.p_value)
 
-    @property
-    def records(self) -> list[Record]:
-        return [*self.first.records, *self.second.records]
-
 
 def contrast(first: Found, second: Found) -> Contrast | None:
     """First less second; None where one has not been run."""
@@ -70,7 +66,13 @@ def paired(first: Found, second: Found, name: str) -> Estimate | None:
 
 def accuracy(found: Found) -> float:
     """The mean over tests and seeds."""
-    return fmean(_of_seeds(found.records))
+    return fmean(accuracies_by_seed(found))
+
+
+def accuracies_by_seed(found: Found) -> list[float]:
+    """The mean over tests of each seed."""
+    tests = compared_tests(found.records)
+    return [fmean(fmean(right(record)[test]) for test in tests) for record in found.records]
 
 
 def trend(arms: Sequence[Found], x: Sequence[float]) -> Estimate:
@@ -109,7 +111,7 @@ def _redrawn(arms: Sequence[Found]) -> NDArray[np.float64]:
     """
     draw = np.random.default_rng(SEED)
     runs = [[right(record) for record in arm.records] for arm in arms]
-    tests = [test for test in runs[0][0] if all(test in run for arm in runs for run in arm)]
+    tests = compared_tests(*[arm.records for arm in arms])
     by_arm = [np.zeros((len(arm), DRAWS)) for arm in runs]
     for test in tests:
         n = len(runs[0][0][test])
@@ -140,7 +142,7 @@ class Design:
     """How far arms vary, and what could be told of them.
 
     Attributes:
-        n_items, n_seeds: of the comparisons there are; the fewest seeds of their arms.
+        n_items, n_seeds: of the comparisons there are, as `of_even_tests`; the fewest seeds of their arms.
         item_deviation: standard deviation over items of a paired difference, each the mean over seeds; root mean
             square over the comparisons.
         seed_deviation: standard deviation over seeds of an arm's accuracy, pooled over the arms; None of one seed.
@@ -166,6 +168,11 @@ class Design:
         return next((k for k in range(2, most + 1) if self.smallest_at(n_items, k) <= target), None)
 
 
+def of_even_tests(n_items: Sequence[int]) -> float:
+    """How many items in tests of one size tell as much as these do: a mean over tests is not one over items."""
+    return len(n_items) ** 2 / sum(1 / n for n in n_items)
+
+
 def design(contrasts: Sequence[Contrast]) -> Design | None:
     """What comparisons with one arm say about their design; None without any.
 
@@ -175,9 +182,10 @@ def design(contrasts: Sequence[Contrast]) -> Design | None:
         return None
     contrasts = [one for one in contrasts if min(len(one.first.records), len(one.second.records)) > 1] or contrasts
     arms = list({id(each): each for one in contrasts for each in (one.first, one.second)}.values())
-    n_items = sum(map(len, right(contrasts[0].first.records[0]).values()))
+    first = contrasts[0].first.records
+    n_items = round(of_even_tests([len(right(first[0])[test]) for test in compared_tests(first)]))
     squares = [_squared_error(one) * n_items for one in contrasts]
-    varied = [_of_seeds(arm.records) for arm in arms if len(arm.records) > 1]
+    varied = [accuracies_by_seed(arm) for arm in arms if len(arm.records) > 1]
     degrees = sum(len(values) - 1 for values in varied)
     pooled = sum(variance(values) * (len(values) - 1) for values in varied) / degrees if degrees else None
     return Design(
@@ -192,15 +200,10 @@ def design(contrasts: Sequence[Contrast]) -> Design | None:
 def _squared_error(one: Contrast) -> float:
     """The squared standard error over items of a difference, the mean over tests."""
     ours, theirs = ([right(record) for record in arm.records] for arm in (one.first, one.second))
-    tests = [test for test in ours[0] if test in theirs[0]]
+    tests = compared_tests(one.first.records, one.second.records)
     errors = []
     for test in tests:
         both = zip(zip(*(run[test] for run in ours)), zip(*(run[test] for run in theirs)))
         differences = [fmean(a) - fmean(b) for a, b in both]
         errors.append(stdev(differences) ** 2 / len(differences))
     return sum(errors) / len(tests) ** 2
-
-
-def _of_seeds(records: Sequence[Record]) -> list[float]:
-    """An arm's accuracy by seed, the mean over tests."""
-    return [fmean(fmean(test) for test in right(record).values()) for record in records]

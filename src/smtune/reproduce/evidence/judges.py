@@ -118,6 +118,9 @@ class Better(OfExperiment):
                 if found is None:
                     continue
                 effect = f"{numbers.points(found.difference)}, {numbers.p_text(found.p_value)}"
+                if self.second_budget == BEST:
+                    sizes = [each for each in self._sizes(results, second) if each.arm.model == other.arm.model]
+                    effect += f"; the best of {sum(bool(each.records) for each in sizes)} of {len(sizes)} sizes"
                 arms = [first, other]
                 shown = found.difference
                 verdict = _as_good(shown) if self.as_good else _above_zero(shown, self.claimed, found.p_value)
@@ -127,6 +130,10 @@ class Better(OfExperiment):
                             effect += f"; {_gap(first, third, other)}"
                             arms.append(third)
                 yield _gated(evidence, results, arms, f"{self._name(first)} less {self._name(other)}", effect, verdict)
+
+    def _sizes(self, results: Results, experiment: str) -> list[Found]:
+        """The second arm at all of its budgets."""
+        return [each for each in _of_family(results, experiment, self.family) if each.label == self.against]
 
     def _name(self, found: Found) -> str:
         own, other = self.budget, self.second_budget

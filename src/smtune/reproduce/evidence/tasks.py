@@ -9,13 +9,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 from smtune.evaluation.statistics import SIGNIFICANT, holm
 from smtune.reproduce.cells import UNBUDGETED
-from smtune.reproduce.evidence.contrasts import Contrast, Design, contrast, design
+from smtune.reproduce.evidence.contrasts import Contrast, Design, accuracies_by_seed, contrast, design
 from smtune.reproduce.evidence.control import Control
 from smtune.reproduce.evidence.judges import Evidence
 from smtune.reproduce.evidence.records import COMPARED, Found, Results
+from smtune.reproduce.layouts import of_one_size
 
 BUDGET = 0.0084
 
@@ -81,7 +83,7 @@ class Task:
         for arm in (arm for name in COMPARED for arm in self.arms(name)):
             row = arm.arm.row
             is_smt = (row.method, row.criterion, row.policy, row.shuffled) == ("smt", "abs_of_sum", None, False)
-            if row.method == "base" or is_smt or not (row.method in UNBUDGETED or arm.arm.budget == BUDGET):
+            if row.method == "base" or is_smt or not (row.method in UNBUDGETED or of_one_size(arm.arm.budget, BUDGET)):
                 continue
             rivals.setdefault(json.dumps(arm.arm.fixed, sort_keys=True), self.results.most_run(arm))
         return list(rivals.values())
@@ -94,6 +96,13 @@ class Task:
     @cached_property
     def design(self) -> Design | None:
         return design(self.contrasts)
+
+    @cached_property
+    def lead_of_first_seed(self) -> list[float]:
+        """Of each compared arm whose rate its first seed's runs chose: that run's accuracy less its other seeds'."""
+        compared = [*([self.smt] if self.smt else []), *self.rivals]
+        swept = [accuracies_by_seed(arm) for arm in compared if len(arm.arm.rates) > 1 and len(arm.records) > 1]
+        return [first - fmean(others) for first, *others in swept]
 
     def arms(self, experiment: str) -> list[Found]:
         """Those of an experiment that are of this task, in its order."""
