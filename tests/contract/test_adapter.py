@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import smtune
 from smtune import InputError, SMTConfig
@@ -209,6 +218,90 @@ def test_a_config_may_be_used_again():
             for name, layer in model.named_modules()
             if isinstance(layer, SMTLinear)
         }
+
+
+def test_a_config_may_be_used_again_for_another_model():
+    config = make_config(target_modules="all-linear", budget=400)
+    peft.get_peft_model(make_base(), config)
+    deeper = LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 4})))
+    plan = peft.get_peft_model(deeper, config).peft_config["default"].get_plan()
+    assert {name.split(".")[2] for name, own in plan.modules.items() if own.rows} == set("0123")
+    config = make_config()
+    peft.get_peft_model(make_base(), config)
+    other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16))
+    plan = peft.get_peft_model(other, config).peft_config["default"].get_plan()
+    assert {name.rpartition(".")[2] for name in plan.modules} == {"c_attn"}
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), "cpu"])
+def test_an_accumulator_device_can_be_saved(device, tmp_path):
+    config = make_config(accumulator_device=device)
+    peft.get_peft_model(make_base(), config).save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).accumulator_device == "cpu"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_that_peft_trains_whole_has_no_blocks(mode, tmp_path):
+    """PEFT adds the head to the modules to save, after the plan has been made."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=64, num_labels=16)).eval()
+    again = copy.deepcopy(base)
+    batch = {"input_ids": IDS % 64, "labels": torch.tensor([0, 1])}
+    config = SMTConfig(target_modules="all-linear", task_type="SEQ_CLS", block_size=16, budget=30, mode=mode)
+    model = smtune.get_smt_model(base, config, [batch])
+    blocks = [name for name, _ in model.named_parameters() if ".smt_blocks." in name]
+    assert blocks
+    assert not any("classifier" in name for name in blocks)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model(**batch).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_of_what_is_trained_whole_are_refused(mode):
+    plan = smtune.make_plan(make_base(), None, make_config(target_modules=["gate_proj", "lm_head"]))
+    for saved, layer in (("mlp", "gate_proj"), ("lm_head", "lm_head")):
+        base = make_base()
+        with pytest.raises(InputError, match=rf"Got a plan with \S*{layer}, and modules_to_save with {saved}"):
+            peft.get_peft_model(base, make_config(mode=mode, modules_to_save=[saved]).with_plan(plan))
+        assert not layers(base)
+    model = peft.get_peft_model(make_base(), make_config(modules_to_save=["lm_head"]))
+    with pytest.raises(
+        InputError, match="a plan with lm_head, and modules_to_save with it, of this adapter or another"
+    ):
+        model.add_adapter("two", make_config(target_modules=["lm_head"]))
+    model.add_adapter("three", make_config(target_modules="all-linear"))
+    assert not any("lm_head" in name for name in model.peft_config["three"].block_map())
+
+
+def test_a_layer_that_cannot_be_resident_is_told_before_any_is_replaced(tmp_path):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    tied = make_config(mode="resident", target_modules=["q_proj", "lm_head"], budget=1.0)
+    with pytest.raises(InputError, match="lm_head is shared"):
+        peft.get_peft_model(base, tied)
+    assert not layers(base)
+    model = peft.get_peft_model(base, make_config(mode="resident"))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 12 * 16**2
+    with pytest.raises(InputError, match="lm_head is shared"):
+        model.add_adapter("two", make_config(mode="resident", target_modules=["o_proj", "lm_head"], budget=1.0))
+    model.save_pretrained(tmp_path)
+    assert not any(".two." in name for name in model.state_dict())
+    assert not any("o_proj.base_layer" in name for name in model.state_dict())
+
+
+def test_what_ddp_leaves_out_follows_a_swap(tmp_path):
+    peft.get_peft_model(make_base(), make_config(target_modules=["o_proj"])).save_pretrained(tmp_path)
+    model = peft.get_peft_model(make_base(), make_config())
+    smtune.hotswap_adapter(model, tmp_path, "default")
+    left_out = model._ddp_params_and_buffers_to_ignore
+    wanted = [name for name, _ in model.named_buffers() if "smt_originals" in name or name.endswith(".index")]
+    assert any("o_proj" in name for name in wanted)
+    assert set(wanted) <= set(left_out)
 
 
 def test_a_config_whose_plan_is_taken_away_plans_anew():
@@ -1112,10 +1205,11 @@ def test_deleting_with_adapters_on_different_layers():
     model = peft.get_peft_model(make_base(), make_config(target_modules=["q_proj"], init_weights=False))
     for name, target in (("b", "k_proj"), ("a", "v_proj")):
         model.add_adapter(name, make_config(target_modules=[target], init_weights=False))
-    model.delete_adapter("default")
-    assert model.active_adapters == ["b"]
-    assert {tuple(layer.active_adapters) for layer in layers(model)} == {("b",)}
-    assert torch.equal(logits(model), logits(dense_twin(model, ["b"])))
+    with pytest.warns(UserWarning, match="active adapter to a"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["a"]
+    assert {tuple(layer.active_adapters) for layer in layers(model)} == {("a",)}
+    assert torch.equal(logits(model), logits(dense_twin(model, ["a"])))
 
 
 def test_safe_merge_refuses_what_is_not_finite():

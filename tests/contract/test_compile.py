@@ -165,6 +165,17 @@ def test_a_compiled_model_is_saved_merged_and_switched_as_any_other(mode):
         torch.testing.assert_close(weight, expected[name])
 
 
+@each_mode
+def test_a_step_beside_a_frozen_adapter_is_one_graph(mode):
+    model = make(mode, init_weights=False)
+    model.add_adapter("other", SMTConfig(block_size=8, budget=6, criterion="random", seed=1, mode=mode))
+    model.base_model.set_adapter(["default", "other"])
+    model.base_model.set_requires_grad("default", False)
+    ids = torch.arange(24).view(2, 12)
+    step = torch.compile(step_of(model), backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(step(ids), step_of(model)(ids))
+
+
 @pytest.mark.nightly
 def test_another_adapter_between_a_compiled_forward_and_its_backward():
     model = make("resident", init_weights=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_adapter import MODES, logits, make_base, make_config, make_trained, same, train, weights, with_two
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from smtune import InputError
 from smtune.tuner import SMTLinear
@@ -116,6 +116,11 @@ def test_beams_of_the_models_own_generation_config():
     model.generation_config.num_beams = 3
     assert torch.equal(generate(), beams)
     assert torch.equal(generate(num_beams=1), greedy)
+    model.generation_config.num_beams = 1
+    config = GenerationConfig(num_beams=3, max_new_tokens=6, pad_token_id=0)
+    by_place = model.generate(IDS, config, attention_mask=torch.ones_like(IDS), adapter_names=NAMES)
+    assert torch.equal(by_place, beams)
+    model.generation_config.num_beams = 3
     assert torch.equal(forward(model, IDS, adapter_names=NAMES), expected)  # which repeats no rows
 
 

@@ -1,8 +1,8 @@
 """Two processes under each engine plan, train, save and resume as one process does on the same global batch.
 
 The processes are started by the engines' own launchers and run engines.py: DDP by torchrun, FSDP2 by `accelerate
-launch` with examples/configs/fsdp2.yaml, ZeRO by `deepspeed`. DDP, FSDP2 and ZeRO-2 are run by default, the others
-nightly. Where deepspeed is missing its tests skip, or fail with SMTUNE_REQUIRE_DEEPSPEED=1, as in CI.
+launch` with examples/configs/fsdp2.yaml, ZeRO by `deepspeed`. FSDP2 and ZeRO-2 are run by default, the others nightly.
+Where deepspeed is missing its tests skip, or fail with SMTUNE_REQUIRE_DEEPSPEED=1, as in CI.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from smtune import cli
+from smtune.cli.launch import launch
 from smtune.data import prepare
 from smtune.evaluation import answer_loss
 from smtune.models import load_model, load_tokenizer
@@ -209,6 +213,18 @@ def test_faults_found_before_any_process_is_started(folder, monkeypatch, capsys)
     assert 'Did you mean "training.learning_rate"?' in errors
     assert "expected without training.deepspeed" in errors
     assert "--nproc without another launcher" in errors
+
+
+def test_a_process_that_was_ended_by_a_signal_is_told(monkeypatch, capsys):
+    def start(config, entrypoint):
+        def run(*arguments):
+            raise ChildFailedError("smtune", {1: ProcessFailure(1, pid=1, exitcode=-signal.SIGKILL, error_file="")})
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", start)
+    assert launch(["train"], 2) == 128 + signal.SIGKILL
+    assert "Process 1 of 2 was ended by SIGKILL: the system may have run out of memory" in capsys.readouterr().err
 
 
 def test_an_engine_that_cannot_be(folder, capsys):

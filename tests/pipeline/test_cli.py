@@ -247,7 +247,7 @@ def test_select_then_train_with_the_plan(config, capsys, tmp_path, place):
     assert f"{place} exists" in err
 
 
-def test_a_stopped_run_is_resumed(config, capsys):
+def test_a_finished_run_is_left_as_it_is(config, capsys):
     run(capsys, "train", config)
     _, err = run(capsys, "train", config, code=2)
     assert "--resume" in err

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from runs import STEPS, Stop, StopAt, same, trained_tensors, untimed
 from safetensors import SafetensorError
@@ -603,8 +604,13 @@ def test_a_kill_while_writing_loses_nothing(configure, quiet, monkeypatch, owner
             "save_pretrained",
             SafetensorError("I/O error: No space left on device (os error 28)"),
         ),
+        (
+            PreTrainedTokenizerFast,
+            "save_pretrained",
+            SafetensorError("I/O error: Disk quota exceeded (os error 122)"),
+        ),
     ],
-    ids=["system", "torch", "safetensors"],
+    ids=["system", "torch", "safetensors", "quota"],
 )
 def test_a_full_disk_is_told_and_half_written_folders_are_removed(configure, quiet, monkeypatch, owner, name, error):
     def fail(*args, **kwargs):
@@ -845,6 +851,9 @@ def test_what_is_hardly_meant_is_remarked(configure, capsys, monkeypatch):
         (["smt.budget=1000"], "smt.budget is 1000, 1,000 blocks, and 64 will be trained"),
         (["smt.budget=11", "smt.policy=per_module"], "11 blocks, and 6 will be trained, all that the policy can spend"),
         (["method=lora"], None),
+        (["training.max_steps=1"], "the learning rate is zero in its only step: its warm-up takes 1 steps"),
+        (["training.warmup_steps=9"], "the learning rate never gets to training.learning_rate: its warm-up takes 9"),
+        (["training.max_steps=1", "training.warmup_steps=0"], None),
     ]:
         remarks = dry_run(configure(*overrides)).remarks
         assert len(remarks) == (remark is not None)
@@ -853,7 +862,7 @@ def test_what_is_hardly_meant_is_remarked(configure, capsys, monkeypatch):
     assert dry_run(configure()).remarks == ()
     (remark,) = dry_run(configure("dtype=bfloat16")).remarks
     assert "dtype is bfloat16, which this CPU cannot multiply" in remark
-    config = configure("smt.budget=1000", "training.max_steps=1")
+    config = configure("smt.budget=1000", "training.max_steps=1", "training.warmup_steps=0")
     console = Console(width=400)
     console.print(dry_run(config))
     select_plan(config, console)
@@ -863,6 +872,46 @@ def test_what_is_hardly_meant_is_remarked(configure, capsys, monkeypatch):
         ["warning", "smt.budget"],
         *[["Warning:", "smt.budget"]] * 2,
     ]
+
+
+def test_a_warm_up_as_long_as_the_run_is_told_when_it_trains(configure, capsys):
+    train(configure("training.max_steps=1", method="lora"), console=Console(width=400))
+    assert "Warning: the learning rate is zero in its only step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_a_recipe_of_the_users_is_no_run(configure, quiet, tmp_path, resume):
+    """Whatever its files are called: nothing of them may be replaced or removed."""
+    output = tmp_path / "project"
+    for name in (
+        "model/model.safetensors",
+        "checkpoints/checkpoint-500/weights",
+        "metrics.jsonl",
+        "data.json",
+        "adapter/a",
+    ):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("the user's own")
+    config = configure(method="lora", output="project")
+    recipe = "# the user's own\n" + yaml.safe_dump(config.model_dump(exclude_unset=True))
+    (output / "config.yaml").write_text(recipe)
+    before = {path: path.read_text() for path in output.rglob("*") if path.is_file()}
+    for start in (lambda: dry_run(config), lambda: train(config, resume=resume, console=quiet)):
+        with pytest.raises(InputError, match="project holds other files: choose another output"):
+            start()
+    assert {path: path.read_text() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_start_was_cut_is_begun(configure, tmp_path):
+    config = configure(method="lora").resolved()
+    folder = RunFolder(tmp_path / "cut")
+    folder.path.mkdir()
+    folder.config.write_text(config.to_yaml())
+    assert folder.is_begun
+    folder.config.write_text("# changed by hand\n" + config.to_yaml())
+    assert not folder.is_begun
+    folder.environment.write_text('{"smtune": "0.1.0"}')
+    assert folder.is_begun
 
 
 def test_steps_of_epochs(configure, quiet):

@@ -336,6 +336,10 @@ def test_what_is_refused_before_the_weights_are_read(configure, quiet, base, tmp
     for start in (lambda: dry_run(config), lambda: train(config, console=quiet)):
         with pytest.raises(InputError, match=r"is quantised \(bitsandbytes\): choose another model"):
             start()
+    config = configure(f"model={quantised}", method="full")
+    for start in (lambda: dry_run(config), lambda: train(config, console=quiet)):
+        with pytest.raises(InputError, match="method: expected a model whose weights can all be trained"):
+            start()
 
     with pytest.raises(InputError, match="weights that are not kept"):
         select_plan(configure(SMT), quiet)

@@ -532,6 +532,10 @@ GOOD = json.dumps(pair("p", "c"))
         ([json.dumps(chat(("user", "q")))], 'Expected a message with the role "assistant" to train on. Got user.'),
         (['{"messages": []}'], 'the role "assistant" to train on. Got no messages.'),
         ([json.dumps(chat(("user", "q"), ("assistant", "")))], "Expected message 2, an assistant's, to hold text."),
+        ([json.dumps(chat(("assistant", "hi"), ("user", "q"), ("assistant", "a")))],
+         "Expected a message before the first answer. Got a conversation that begins with an assistant's."),
+        ([json.dumps({**chat(("user", "q"), ("assistant", "a")), "tools": [{"name": "f"}]})],
+         'Expected a conversation without "tools", which are not rendered into the prompt.'),
     ],
 )  # fmt: skip
 def test_a_bad_record(tmp_path, lines, message):

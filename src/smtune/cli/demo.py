@@ -21,7 +21,7 @@ from rich.table import Table
 from smtune.data import arithmetic
 from smtune.errors import InputError
 from smtune.evaluation import Evaluation, compare, evaluate, load_items, resolve_tasks
-from smtune.files import write_json
+from smtune.files import write_json, write_text
 from smtune.models import fingerprint, load_merged, load_tokenizer
 from smtune.report import accuracy_bars, block_map, loss_curve, projection_shares
 from smtune.selection import Plan
@@ -232,4 +232,4 @@ def _write_lines(path: Path, records: list[dict[str, str]]) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise InputError(f"Expected {path} as this demo writes it. Got another: choose another --output.")
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 
@@ -44,8 +45,13 @@ def launch(arguments: list[str], processes: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "smtune", *arguments, *debug)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name  # such a process could not tell
+        hint = ": the system may have run out of memory, of which every process needs its own" * (name == "SIGKILL")
+        print(f"Process {rank} of {processes} was ended by {name}{hint}.", file=sys.stderr)
+        return 128 - failure.exitcode
     except SignalException:
         return 130
     return 0

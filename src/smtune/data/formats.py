@@ -169,6 +169,8 @@ def _shape_fault(row: object, shape: Shape | None) -> str | None:
 def _field_fault(row: Mapping[str, Any], shape: Shape) -> str | None:
     """What is wrong with the fields of a row that has them all."""
     if shape == "messages":
+        if row.get("tools"):
+            return 'Expected a conversation without "tools", which are not rendered into the prompt. Got some.'
         return _messages_fault(row["messages"])
     keys = SHAPES[shape]
     optional = ("input",) if shape == "instruction" and row.get("input") is not None else ()
@@ -193,6 +195,8 @@ def _messages_fault(messages: object) -> str | None:
                 return f"In message {k}: {fault}"
         if message["role"] == "assistant" and not message["content"].strip():
             return f"Expected message {k}, an assistant's, to hold text. Got an empty string."
+    if messages and messages[0]["role"] == "assistant":
+        return "Expected a message before the first answer. Got a conversation that begins with an assistant's."
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages) or "no messages"
         return f'Expected a message with the role "assistant" to train on. Got {roles}.'

@@ -64,7 +64,7 @@ class DataConfig(_Section):
         max_length: tokens of an example, at most.
         train_on: "answer" puts the loss on the answer alone, "all" on every token.
         on_long: what becomes of a longer example: "drop", "truncate_prompt" or "error".
-        limit: train on this many examples, a sample drawn by the seed. None: all.
+        limit: use this many examples, a sample drawn by the seed; those held out are among them. None: all.
         validation: rows that nothing is trained on, whose loss is taken with every checkpoint and at the end: sources
             as of `train`, or how many examples to keep out of it, drawn by the seed.
     """

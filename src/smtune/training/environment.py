@@ -1,4 +1,6 @@
-"""What a run ran on: versions, commit, device, threads, command. For the record, never read back."""
+"""What a run ran on: versions, commit, device, threads, command.
+
+For the record; on resuming a run's processes, engine and base are held against it."""
 
 from __future__ import annotations
 

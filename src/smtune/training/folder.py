@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -58,7 +59,18 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        return self.config.is_file()
+        """Whether a run was begun here: the configuration is as a run writes it, or smtune's records are beside it.
+
+        A recipe of the user's own, which may have any name, is no sign of that.
+        """
+        if not self.config.is_file():
+            return False
+        with suppress(OSError, ValueError, TypeError):
+            if "smtune" in json.loads(self.environment.read_text(encoding="utf-8")):
+                return True
+        with suppress(OSError, ValueError, InputError):
+            return load_config(self.config).resolved().to_yaml() == self.config.read_text(encoding="utf-8")
+        return False
 
     @property
     def is_finished(self) -> bool:
@@ -244,7 +256,8 @@ def _tells_of_full_disk(error: Exception) -> bool:
         return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left on device" in text or (isinstance(error, RuntimeError) and "unexpected pos" in text)
+    is_told = any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))
+    return is_told or (isinstance(error, RuntimeError) and "unexpected pos" in text)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

@@ -281,12 +281,15 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_dense(config: TrainConfig) -> None:
-    """Raises InputError for a dense warm-up of a checkpoint whose weights cannot be trained, before it is loaded."""
-    quantised_by = checkpoint_quantisation(config.model) if config.has_dense_warmup else None
+    """Raises InputError where all weights of a checkpoint are to be trained and cannot be, before it is loaded."""
+    quantised_by = checkpoint_quantisation(config.model) if config.saves_whole_model else None
     if quantised_by is not None:
+        key, remedy = ("smt.dense_warmup_steps", "leave the dense warm-up out")
+        if config.method == "full":
+            key, remedy = "method", "train blocks or adapters beside it"
         raise InputError(
-            f"smt.dense_warmup_steps: expected a model whose weights can all be trained. {config.model!r} is quantised "
-            f"({quantised_by}): choose another model, or leave the dense warm-up out."
+            f"{key}: expected a model whose weights can all be trained. {config.model!r} is quantised "
+            f"({quantised_by}): choose another model, or {remedy}."
         )
 
 

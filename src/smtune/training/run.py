@@ -56,6 +56,7 @@ from smtune.training.trainer import (
     count_steps,
     engine_name,
     loads_on_first,
+    remarks_on_steps,
     rows_per_step,
     training_arguments,
     whole_weights,
@@ -180,6 +181,9 @@ def _train(
     with whole_weights(arguments):
         foreseen = foresee(config, kept)
     _say_remarks(console, foreseen)
+    _, steps = count_steps(config, len(data.rows), PartialState().num_processes)
+    for remark in remarks_on_steps(config, steps):
+        _say(console, f"Warning: {remark}")
     if not must_score and not is_main and loads_on_first(config):
         model = skeleton(config.model, config.dtype, buffers=True)
     else:
@@ -319,7 +323,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
         checkpoints=(steps - 1) // config.training.save_steps,
         output=str(folder.path),
         writes=tuple(writes),
-        remarks=foreseen.remarks,
+        remarks=(*foreseen.remarks, *remarks_on_steps(config, steps)),
         dense_warmup_learning_rate=config.smt.dense_warmup_learning_rate,
     )
 

@@ -217,6 +217,20 @@ def count_steps(config: TrainConfig, n_rows: int, processes: int) -> tuple[int, 
     return per_epoch, math.ceil((config.training.epochs or 0.0) * per_epoch)
 
 
+def remarks_on_steps(config: TrainConfig, steps: int) -> Iterator[str]:
+    """What is hardly meant by a warm-up as long as the run, of so many steps."""
+    training = config.training
+    warmup = (
+        training.warmup_steps if training.warmup_steps is not None else math.ceil((training.warmup_ratio or 0) * steps)
+    )
+    if warmup >= steps > 0:
+        rate = "is zero in its only step" if steps == 1 else "never gets to training.learning_rate"
+        yield (
+            f"the learning rate {rate}: its warm-up takes {warmup} steps, and the run has {steps}. Set "
+            "training.warmup_steps to fewer, or train for longer."
+        )
+
+
 def check_trackers(config: TrainConfig) -> None:
     """Raises InputError for a tracker that does not exist or is not installed."""
     asked = config.training.report_to

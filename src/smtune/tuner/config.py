@@ -87,6 +87,8 @@ class SMTConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if self.accumulator_device is not None:
+            self.accumulator_device = str(self.accumulator_device)  # a `torch.device` cannot be saved
         self._check()
 
     def _check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists, onload_layer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from smtune.depth import backward_end, siblings
@@ -51,14 +53,14 @@ class SMTModel(BaseTuner):
         config = self._complete(model, adapter_name)
         self.check_block_size(adapter_name, config)
         self.check_mode(model, config)
+        self.check_layers(model, config)
         if not config.inference_mode:
             check_backward(model)
             keep_trainable(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if made := config.__dict__.get("_made_here"):
+            made["left"] = config.target_modules  # PEFT may have put this model's names there
         share_inputs(model)
-        # As DDP reads it: of what follows from the base and the plan nothing is sent before every forward.
-        own = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-        model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*own, *_derived(model)]))  # type: ignore[assignment]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -79,12 +81,16 @@ class SMTModel(BaseTuner):
                 "configuration without one. Make it first: `plan = smtune.make_plan(model, batches, config)`, "
                 "then pass `config.with_plan(plan)`; or use `smtune.get_smt_model(model, config, batches)`."
             )
-        made, asked_size = config.__dict__.get("_made_here", (None, config.block_size))
+        made_here: dict[str, Any] = config.__dict__.get("_made_here", {})
+        made = made_here.get("plan")
         if config.plan is None or config.plan is made:  # made: by an earlier use
             fresh = copy.copy(config)
             if made is not None and config.block_size == made["block_size"]:
-                fresh.block_size = asked_size
-            fresh.plan, size = None, fresh.block_size
+                fresh.block_size = made_here["size"]
+            if made is not None and config.target_modules is made_here.get("left"):
+                fresh.target_modules = made_here["targets"]
+            fresh.plan = None
+            asked = {"size": fresh.block_size, "targets": fresh.target_modules}
             if any(isinstance(module, SMTLinear) and module.merged for module in model.modules()):
                 # As PEFT does when it sets the adapter; now, for a plan by the weights' own values is of the base's.
                 warnings.warn("An adapter cannot be added to a merged model. Unmerging the model first.", stacklevel=2)
@@ -93,10 +99,17 @@ class SMTModel(BaseTuner):
             if plan != made or config.plan is None:
                 config = config if made is None else fresh
                 config.plan, config.block_size = plan, plan["block_size"]
-                config.__dict__["_made_here"] = plan, size
+                config.__dict__["_made_here"] = {"plan": plan, **asked}
                 self.peft_config[adapter_name] = config
         planned: Plan = config.get_plan()
         planned.check(model)
+        for name in config.block_map():
+            saved = next((own for own in config.modules_to_save or () if re.search(rf"(^|\.){own}($|\.)", name)), None)
+            if saved is not None or isinstance(model.get_submodule(name), ModulesToSaveWrapper):
+                raise InputError(
+                    f"Expected blocks of layers that no adapter trains whole. Got a plan with {name}, and "
+                    f"modules_to_save with {saved or 'it'}, of this adapter or another: leave it out of one of the two."
+                )
         if config.target_modules is None:
             config.target_modules = {name.rpartition(".")[2] for name in planned.modules}
         return config
@@ -124,6 +137,13 @@ class SMTModel(BaseTuner):
                     f'Expected mode="{layer.extra_repr()}", which the adapters that are there have made of {name}, or '
                     f'"auto". Got {config.mode!r}.'
                 )
+
+    def check_layers(self, model: nn.Module, config: Any) -> None:
+        """Raises InputError for a layer of `config` that cannot be resident, before any is replaced."""
+        for name in config.block_map() if config.mode == "resident" else ():
+            target = model.get_submodule(name)
+            if not isinstance(target, SMTLinear):
+                self.wrapped(config, target, name)
 
     def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
         return peft_config
@@ -171,8 +191,12 @@ class SMTModel(BaseTuner):
         super().set_adapter(*args, **kwargs)
         _prepare(self.model)
 
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        _prepare(self.model)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was the only active one, the first that is left becomes active, in every layer."""
+        """Delete an adapter. If it was the only active one, the first by name becomes active, in every layer."""
         if any(adapter_name in module.merged_adapters for module in self.modules() if isinstance(module, SMTLinear)):
             # In the words of peft 0.21; peft 0.20 would go on, and the base be lost.
             raise InputError(
@@ -181,7 +205,7 @@ class SMTModel(BaseTuner):
         was_active = adapter_name in self.active_adapters
         remaining = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        names = remaining or [*self.peft_config][:1]
+        names = remaining or sorted(self.peft_config)[:1]
         if was_active and names:
             # PEFT lets each layer choose among its own adapters; layers with other ones would disagree.
             self.set_adapter(names)
@@ -242,7 +266,8 @@ class SMTModel(BaseTuner):
         names = kwargs.get("adapter_names")
         if names is not None:
             check_adapter_names(names, self.peft_config, self.training)
-            with mixed_batch(self.model, names, kwargs):
+            by_place = args[1] if len(args) > 1 and hasattr(args[1], "num_beams") else None
+            with mixed_batch(self.model, names, {"generation_config": by_place} | kwargs):
                 yield
             return
         # transformers and PEFT make the embeddings' output require a gradient when checkpointing is on, and keep these
@@ -319,6 +344,9 @@ def share_inputs(model: nn.Module) -> None:
                 for layer in layers:
                     layer.share_input(shared)
     _prepare(model)
+    # As DDP reads it: of what follows from the base and the plan nothing is sent before every forward.
+    own = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*own, *_derived(model)]))  # type: ignore[assignment]
 
 
 def _prepare(model: nn.Module) -> None:

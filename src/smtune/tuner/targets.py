@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smtune.blocks import BlockGrid, resolve_block_size
@@ -162,6 +163,10 @@ DEFAULT_TARGETS: dict[str, list[str]] = {model_type: list(names) for model_type,
 """Default targets by `model_type`, as PEFT's tuners keep theirs."""
 
 
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""By PEFT's task type, the modules that its model for the task adds to `modules_to_save`."""
+
+
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     """The layers that `config` targets, by name in model order, cut into blocks.
 
@@ -253,10 +258,19 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
                 f"such as target_modules={_likely_targets(model)}."
             )
         config.target_modules = set(DEFAULT_TARGETS[model_type])
+    # PEFT's model for a task trains its head whole, and says so only when it wraps the model.
+    config.modules_to_save = [
+        *(config.modules_to_save or ()),
+        *HEADS.get(getattr(config.task_type, "value", config.task_type) or "", ()),
+    ] or None
     asked = config.target_modules
     _maybe_include_all_linear_layers(config, model)  # expands "all-linear" in place
     # Inside an adapted layer stand its base layer and its blocks; the layer itself is the target.
-    inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
+    inside = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") or isinstance(module, AuxiliaryTrainingWrapper)
+    )
     matches = [
         name
         for name, _ in model.named_modules()
