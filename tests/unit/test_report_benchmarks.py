@@ -698,6 +698,23 @@ def test_beside_bf16_weights_a_rival_is_as_the_trainer_runs_it(results, name):
         assert verdicts(other, "counted peak memory at or below LoRA", where) == {where: MISSED}
 
 
+def test_in_short_who_is_faster(results):
+    def short(of):
+        text = page(of, {})
+        return tables(text[text.index("## In short") : text.index("## Targets")], "suite")
+
+    usual, large = short(results)
+    (row,) = [row for row in usual if row["suite"] == "layers7b-float32-1024"]
+    medians = {arm: f"{np.median(step_ratios(record)):.3f}" for arm, record in arms(results).items() if arm != "floor"}
+    assert (row["SMT 0.84 %"], row["LoRA"], row["LoRA, autocast"]) == (medians["smt-0.84"], medians["lora"], "–")
+    assert large[0]["dense v_proj"] == f"**{medians['dense-v']}**"
+    other = copy.deepcopy(results)
+    del arms(other)["dora"]["timed_on"]
+    assert short(other)[0][0]["DoRA"] == f"{medians['dora']} ≈"
+    del arms(other)["smt-4.91"]["rounds"][:]
+    assert "layers7b-float32-1024" not in [row["suite"] for row in short(other)[1]]
+
+
 def test_an_arm_that_was_timed_apart_says_so(results):
     other = copy.deepcopy(results)
     del arms(other)["smt-0.84"]["timed_on"]

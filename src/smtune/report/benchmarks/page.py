@@ -1,7 +1,7 @@
 """The Markdown page of a benchmark, from its records alone.
 
-It opens with what was measured and on what, and the targets; then come the sections. One that has nothing to show is
-left out, and the head of the page says which kinds of record are missing.
+It opens with what was measured and on what, step times in short, and the targets; then come the sections. One that has
+nothing to show is left out, and the head of the page says which kinds of record are missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from smtune.report.benchmarks.records import (
     step_ratios,
     suites,
 )
-from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, suite_section
+from smtune.report.benchmarks.suite_sections import memory_section, rivals_section, short_section, suite_section
 from smtune.report.benchmarks.targets import ABSENT, ACROSS, HOLDS, MISSED, OPEN, PART, reasons, targets
 from smtune.report.markdown import DASH, bullets, prose, section, table
 
@@ -55,6 +55,7 @@ def page(results: Record, pictures: Pictures) -> str:
     found = suites(results)
     sections = [
         _measured(results),
+        short_section(found),
         _targets(results),
         _reading(),
         *(suite_section(suite, pictures) for suite in found),

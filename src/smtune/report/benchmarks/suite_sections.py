@@ -26,6 +26,8 @@ from smtune.report.benchmarks.records import (
 )
 from smtune.report.benchmarks.targets import (
     ACROSS,
+    HOLDS,
+    MISSED,
     OTHERS,
     RIVALS,
     SMALLER,
@@ -35,6 +37,36 @@ from smtune.report.benchmarks.targets import (
     memory_parts,
 )
 from smtune.report.markdown import DASH, prose, section, table
+
+SHORT = {
+    "smt-0.84": ("lora", "lora-autocast", "dora", "shira", "supertuning", "dense-v", "full", "full-autocast"),
+    "smt-4.91": ("lora-4.91", "lora-4.91-autocast", "dora-4.91", "shira-4.91", "supertuning-4.91", "dense-v"),
+}
+"""By arm of SMT, whose steps stand beside its own in short."""
+
+
+def short_section(found: list[Suite]) -> str:
+    """For each suite the median steps of SMT and of those it is held against, with what may be said of the two."""
+    names = {rival: shown for rivals in (*OTHERS.values(), *RIVALS.values()) for rival, shown in rivals.items()}
+    tables = []
+    for smt, rivals in SHORT.items():
+        heads = ("suite", "control", words.arm(smt), *(names[rival].replace(" under ", ", ") for rival in rivals))
+        rows = []
+        for suite in found:
+            own = [median(step_ratios(suite.arms.get(arm))) for arm in ("control", smt)]
+            if own[1] is not None:
+                rows.append((suite.name, *map(words.ratio, own), *(_beside(suite, smt, rival) for rival in rivals)))
+        tables.append(table(heads, rows))
+    text = """A step's time over the floor's, medians. *control* is a second floor: what it is off 1 is noise. A rival
+    with nothing beside its number is slower than SMT; with ≈ the two are not told apart; in **bold** it is faster."""
+    return section("## In short", prose(text), *tables) if any(tables) else ""
+
+
+def _beside(suite: Suite, smt: str, rival: str) -> str:
+    ratio = median(step_ratios(suite.arms.get(rival)))
+    told = against(suite, smt, rival)[1]
+    marks = {HOLDS: "{}", MISSED: "**{}**"}
+    return DASH if ratio is None else marks.get(told, "{} ≈").format(words.ratio(ratio))
 
 
 def suite_section(suite: Suite, pictures: Pictures) -> str:
