@@ -30,6 +30,8 @@ def test_demo(small_demo, tmp_path):
     for title, row in summary.items():
         assert title in shown
         assert row["items"] == 5
+    demo.run_demo(tmp_path / "demo", console=Console(quiet=True))
+    assert json.loads((tmp_path / "demo/summary.json").read_text())["arms"] == summary  # of all that was asked before
     for picture in ("blocks", "shares", "loss", "accuracy"):
         assert (tmp_path / f"demo/figures/{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo/smt/adapter/adapter_model.safetensors").is_file()

@@ -262,7 +262,7 @@ def test_the_paper_tier_is_the_paper():
 def test_the_paper_scale_names_the_data_it_needs(name, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(setting_module, "read_rows", lambda source: pytest.fail("fetched rows first"))
     assert cli.run(["reproduce", name, "--scale", "paper", "--output", str(tmp_path)]) == 2
-    assert "LLM-Adapters`, and --data with the clone" in capsys.readouterr().err
+    assert "Expected --data with a folder that holds the tests" in capsys.readouterr().err
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_the_paper_scale_names_the_data_it_needs(name, capsys, tmp_path, monkeyp
         (["evidence", "--output", "nowhere"], "nowhere has none"),
         (["table5", "--tier", "smollm2", "--data", "."], "--tier real"),
         (["table5", "--tier", "real", "--data", ".", "--dry-run"], "train/mawps.jsonl"),
-        (["table5", "--tier", "real"], "--data with a folder that holds train/mawps.jsonl"),
+        (["table5", "--tier", "real"], "holds the tests (test or dataset) and train/mawps.jsonl. Got none"),
     ],
 )
 def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from smtune.data import prepare
 from smtune.evaluation import answer_loss
 from smtune.models import load_model, load_tokenizer
 from smtune.training import callbacks, dry_run, load_config, lock, read_metrics, run, select_plan, train, trainer
-from smtune.training.data import load_data
+from smtune.training.data import load_data, read_data
 from smtune.training.folder import COMPLETE, RunFolder
 from smtune.training.lock import LOCK, locked
 from smtune.training.model import check_trainable
@@ -214,9 +214,9 @@ def test_a_file_of_rows_held_out(configure, quiet, tmp_path, base):
 
 def test_pieces_of_a_text_are_not_held_out_from_each_other(configure, tmp_path):
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": letter * 50} for letter in "abcdef"])
-    data = load_data(
-        configure(f"data.train={texts}", "data.validation=2", "data.max_length=16", method="lora").resolved()
-    )
+    overrides = [f"data.train={texts}", "data.validation=2", "data.max_length=16"]
+    config = configure(*overrides, method="lora").resolved()
+    data = load_data(config, read_data(config))
     trained, held_out = (
         {letter for row in rows["input_ids"] for letter in data.tokenizer.decode(row, skip_special_tokens=True)}
         for rows in (data.rows, data.held_out)
@@ -513,7 +513,7 @@ def test_deepspeed_without_a_launcher_is_told_first(configure, quiet, monkeypatc
     config = configure("training.deepspeed={}", method="lora")
     assert dry_run(config, processes=1).steps == STEPS
     with monkeypatch.context() as patch:
-        patch.setattr(run, "load_data", lambda config: pytest.fail("went on"))
+        patch.setattr(run, "read_data", lambda config: pytest.fail("went on"))
         patch.setattr(run, "training_arguments", lambda *args: pytest.fail("went on"))
         for start in (dry_run, partial(train, console=quiet)):
             with pytest.raises(InputError, match=r"training\.deepspeed: expected a launcher.*Got none.*--nproc 1"):
@@ -721,8 +721,16 @@ def test_a_file_of_rows_that_is_missing_is_told_before_the_model_is_asked_for(co
             start()
 
 
-def test_an_output_that_cannot_be_written_is_told_first(configure, quiet, tmp_path, monkeypatch):
+def test_what_does_not_fit_the_model_is_told_before_rows_are_encoded(configure, quiet, monkeypatch):
     monkeypatch.setattr(run, "load_data", lambda *args: pytest.fail("went on"))
+    config = configure("smt.block_size=48")
+    for start in (lambda: dry_run(config), lambda: train(config, console=quiet), lambda: select_plan(config, quiet)):
+        with pytest.raises(InputError, match="Expected a block size that divides"):
+            start()
+
+
+def test_an_output_that_cannot_be_written_is_told_first(configure, quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "read_data", lambda *args: pytest.fail("went on"))
     (tmp_path / "file").touch()
     in_the_way = configure(f"output={tmp_path}/file/run")
     with pytest.raises(InputError, match=r"output: Expected a folder for .*/file is a file"):

@@ -372,6 +372,7 @@ def test_sweeps_have_tokens_of_their_own():
         ({"arms": ["lora-autocast"], "quick": True, "dtypes": ["bfloat16"]}, "for the arm lora-autocast. Got float32"),
         ({"suites": ["sweeps"], "arms": ["lora"]}, "--arms with the suites layers7b or smollm2. Got it with sweeps"),
         ({"suites": ["sweeps", "cost-aware"], "tokens": [512]}, "no --tokens with sweeps, cost-aware"),
+        ({"quick": True, "tokens": [512]}, "no --tokens with --quick"),
         ({"suites": ["kernels"], "device": "cuda"}, "`make bench-gpu` times those of GPUs"),
     ],
 )
@@ -379,6 +380,14 @@ def test_what_nothing_would_be_done_for_is_refused(given, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match=message):
         request.check(Request(**given), [])
+
+
+@pytest.mark.parametrize("given", [{"suites": ["all"]}, {"quick": True, "suites": ["kernels"]}])
+def test_all_is_what_a_gpu_can_do(given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    request.check(Request(**given, device="cuda"), [])
+    on_cpu, on_gpu = (len(jobs(Request(suites=["all"], device=device))) for device in ("cpu", "cuda"))
+    assert on_gpu == on_cpu - 1
 
 
 def test_arms_for_one_of_the_dtypes_are_enough():

@@ -60,6 +60,9 @@ def test_label_is_the_first_in_the_text(task, completion, expected):
         ("The answer is 5 dollars + 3 dollars = 8 dollars.", 8.0),
         ("The answer is 2(3) + 4 = 10.", 10.0),
         ("The answer is 10.10.10 = 10.", 10.1),
+        ("The answer is 18 dollars a day, because she has 16 - 3 - 4 = 9 eggs to sell.", 18.0),
+        ("The answer is 12 because 4 × 3 = 12 and 2 + 1 = 3.", 12.0),
+        ("The answer is 8, not 5 + 4 = 9.", 8.0),
         ("The answer is x = 5.", 5.0),
         ("The answer is 1.5e3", 1500.0),
         # Stated beats last; the last statement beats earlier ones.

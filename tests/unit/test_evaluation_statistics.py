@@ -203,7 +203,7 @@ def test_the_interval_of_a_difference_covers_the_truth(spread):
         equal = [[[level < 0.5 + spread * draw.gauss(0, 1) for level in levels] for _ in range(3)] for _ in "ab"]
         small += difference_over_seeds(*equal).p_value < 0.01
     assert 180 <= covered < 200
-    assert small <= 6  # 2 are expected
+    assert small <= 8  # 2 are expected
 
 
 @pytest.mark.parametrize(
@@ -223,21 +223,9 @@ def test_verdict(low, high, expected):
     assert verdict(difference, 0.05) == (expected if expected == "tie" else "undecided")
 
 
-@pytest.mark.parametrize(
-    ("value", "half", "degrees", "p"),
-    [
-        (0.0, 0.1, math.inf, 1.0),
-        (0.1, 0.1, math.inf, 0.05),
-        (-0.2, 0.1, math.inf, 8.86e-5),
-        (0.1, 0.1, 4.0, 0.05),
-        (-0.2, 0.1, 4.0, 0.00514),
-        (-0.2, 0.1, 4.9, 0.00514),
-        (0.2, 0.1, 7.0, 0.00212),
-    ],
-)
-def test_p_value_of_an_interval(value, half, degrees, p):
-    estimate = Estimate(value, value - half, value + half)
-    assert p_value_of(estimate, degrees) == pytest.approx(p, rel=0.01)
+@pytest.mark.parametrize(("value", "half", "p"), [(0.0, 0.1, 1.0), (0.1, 0.1, 0.05), (-0.2, 0.1, 8.86e-5)])
+def test_p_value_of_an_interval(value, half, p):
+    assert p_value_of(Estimate(value, value - half, value + half)) == pytest.approx(p, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -249,15 +237,15 @@ def test_students_tails(t, degrees, p):
     assert student_tails(student(degrees), degrees) == pytest.approx(0.05, rel=1e-3)
 
 
-def test_the_degrees_of_freedom_are_welchs():
-    """Arms whose seeds vary alike have those of both; items that vary more than seeds make them endless."""
-    same = [[k < right for k in range(10)] for right in (2, 4, 6)]
-    other = [run[::-1] for run in same]
-    few = difference_over_seeds([run * 1000 for run in same], [run * 1000 for run in other])
-    assert few.difference.value == 0
-    shifted = difference_over_seeds([run * 1000 for run in same], [[False] * 10_000] * 2)
-    half = shifted.difference.high - shifted.difference.value
-    # One arm varies alone: 2 degrees of freedom.
-    assert shifted.p_value == pytest.approx(student_tails(0.4 / half * student(2), 2), rel=1e-6)
-    alone = difference_over_seeds([same[1], same[1]], [[True] + [False] * 9] * 2)
-    assert alone.p_value == p_value_of(alone.difference)
+def test_welchs_p_value():
+    """Of so many items that they add nothing: scipy's t of the seeds' means, at 4 of its 4.34 degrees of freedom."""
+    n = 1_000_000
+
+    def runs(*means):
+        return [[True] * round(mean * n) + [False] * (n - round(mean * n)) for mean in means]
+
+    found = difference_over_seeds(runs(0.30, 0.42, 0.36, 0.33, 0.45), runs(0.20, 0.21, 0.22))
+    assert found.p_value == pytest.approx(0.0046864, rel=5e-3)
+    assert found.difference.low > 0
+    assert difference_over_seeds(runs(0.2, 0.2), runs(0.1, 0.1)).p_value < 1e-6  # seeds that do not vary: the items'
+    assert difference_over_seeds([[True] * 50] * 2, [[True] * 50] * 2).p_value == 1

@@ -16,6 +16,7 @@ import pytest
 
 from smtune import cli
 from smtune.evaluation import statistics
+from smtune.evaluation.statistics import Estimate
 from smtune.report.benchmarks import claims as cost_claims
 from smtune.report.benchmarks import targets
 from smtune.reproduce import setting as setting_module
@@ -23,7 +24,7 @@ from smtune.reproduce.cells import Cell
 from smtune.reproduce.declared import load_experiment, load_tier
 from smtune.reproduce.evidence import seven, write_evidence
 from smtune.reproduce.evidence.claims import CLAIMS, DOUBTS
-from smtune.reproduce.evidence.contrasts import Design, accuracy, contrast, of_even_tests, trend
+from smtune.reproduce.evidence.contrasts import Design, accuracy, contrast, design, of_even_tests, trend
 from smtune.reproduce.evidence.judges import BEST, Better, Counted, Evidence, Places, Timed, Trend
 from smtune.reproduce.evidence.records import Found, Results
 from smtune.reproduce.layouts import difference
@@ -306,7 +307,7 @@ def test_what_the_choice_of_rates_by_one_of_the_runs_gives_is_said(made):
     full = [151 if seed % 2 else 149 for seed in range(1, SEEDS)]
     mean = (lead + 100 * (150 - np.mean(full)) / N) / 2
     text = part(made.text(), "## Wins, ties and losses")
-    assert f"other seeds is {mean:+.1f}".replace("-", "−") + " points, the mean of 2 arms (above zero in" in text
+    assert f"other seeds' is in swept arms {mean:+.1f}".replace("-", "−") + " points, the mean of 2 arms. The" in text
 
 
 def test_a_test_with_questions_among_the_training_rows_is_left_out(made):
@@ -322,7 +323,11 @@ def test_a_test_with_questions_among_the_training_rows_is_left_out(made):
     assert one is not None
     assert one.difference.value == 0
     assert accuracy(found[0]) == 0.5
-    assert trend(found, [0.0, 1.0]).value == 0
+    assert trend(found, [0.0, 1.0]) == Estimate(0.0, 0.0, 0.0)
+    assert one.difference == Estimate(0.0, 0.0, 0.0)
+    made_of = design([one])
+    assert made_of is not None
+    assert (made_of.n_items, made_of.item_deviation) == (N, 0.0)
     leaking = [{**record, "overlap": {"AddSub": 3, "SVAMP": 1}} for record in found[0].records]
     assert difference(leaking, found[1].records)[0].value == pytest.approx(0.4)
 
@@ -665,11 +670,11 @@ def test_memory_and_time_claims(tmp_path):
         "does not": "**does not hold**",
         "not told apart": "*undecided*",
         "holds in part": "*undecided*",
-        "not to be judged here": "*not testable here*: it is about GPUs",
+        "not to be judged here": "*not testable here*: it is about whole models on GPUs",
     }
     texts = [f"{each.where} | {each.measured} | {by_verdict[each.verdict]} |" for each in judged]
     assert all(text in line for text, line in zip(texts, speed, strict=True))
-    assert "*not testable here*: it is about GPUs" in speed[0]
+    assert "*not testable here*: it is about whole models on GPUs" in speed[0]
     assert "Nothing has been trained yet." in part(text, "## In short")  # memory is no task
     assert "nothing below may be concluded for any task" in part(text, "## The positive control")
 
@@ -682,7 +687,7 @@ def test_memory_and_time_claims(tmp_path):
         (cost_claims.DOES_NOT, "does not hold"),
         (targets.OPEN, "undecided"),
         (targets.PART, "undecided"),
-        (cost_claims.NOT_HERE, "not testable here: it is about GPUs"),
+        (cost_claims.NOT_HERE, "not testable here: it is about whole models on GPUs"),
     ],
 )
 def test_verdicts_of_the_benchmarks(verdict, expected, monkeypatch):

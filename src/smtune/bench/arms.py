@@ -331,10 +331,10 @@ def _full_autocast(model: nn.Module, setting: Setting, batch: dict[str, Tensor])
 
 
 def _full_offloaded(model: nn.Module, setting: Setting, batch: dict[str, Tensor]) -> Arm:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError("Expected DeepSpeed for its CPUAdam. It is not installed: pip install deepspeed.")
     if setting.device != "cpu":
         raise InputError("Expected --device cpu for full-cpuadam, which updates weights on CPUs. Got another.")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("Expected DeepSpeed for its CPUAdam. It is not installed: pip install deepspeed.")
     from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
 
     arm = _full(model, setting, batch)

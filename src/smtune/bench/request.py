@@ -102,9 +102,10 @@ def _nothing_to_do(request: Request) -> list[str]:
     unfit = [arm for arm in request.arms or () if not any(suites.is_for(arm, dtype) for dtype in dtypes)]
     faults += [f"Expected --dtype bfloat16 for the arm {arm}. Got {', '.join(dtypes)}." for arm in unfit]
     own = [name for name in wanted if name in OWN_TOKENS]
-    if request.tokens and own == wanted:
-        faults.append(f"Expected no --tokens with {', '.join(own)}, which have their own. Got some.")
-    if request.device == "cuda" and "kernels" in wanted:
+    if request.tokens and (request.quick or (own and own == wanted)):
+        which = "--quick" if request.quick else ", ".join(own)
+        faults.append(f"Expected no --tokens with {which}, which has its own. Got some.")
+    if request.device == "cuda" and "kernels" in request.suites and not request.quick:
         faults.append("Expected --device cpu for the suite kernels. Got cuda: `make bench-gpu` times those of GPUs.")
     return faults
 
@@ -152,6 +153,7 @@ def jobs(request: Request) -> list[Job]:
         arms = request.arms or QUICK_ARMS
         return [partial(run_series, suites.comparison("quick", QUICK_MODEL, "float32", QUICK_TOKENS, arms, rival))]
     wanted = [name for name in suites.SUITES if name in request.suites or "all" in request.suites]
+    wanted = [name for name in wanted if name != "kernels" or request.device == "cpu"]  # `make bench-gpu` has GPUs'
     arms = [arm for arm in can_be_built if request.arms is None or arm in request.arms]
     found: list[Job] = []
     for suite in wanted:

@@ -61,8 +61,10 @@ def run_demo(output: Path, *, compare: bool = False, control: bool = False, cons
     """
     console = console or Console(highlight=False)
     arms = [SMT] + [LORA] * compare + [CONTROL] * control
-    settings = {"steps": STEPS, "items": TEST_ITEMS, "budget": BUDGET, "arms": [arm.title for arm in arms]}
+    settings = {"steps": STEPS, "items": TEST_ITEMS, "budget": BUDGET}
+    earlier: dict[str, Any] = {}
     if (output / "summary.json").is_file():
+        earlier = json.loads((output / "summary.json").read_text(encoding="utf-8"))
         console.print(f"{output} holds an earlier demo. What it has computed is shown, not computed again.")
     started = time.perf_counter()
     console.print(
@@ -84,7 +86,8 @@ def run_demo(output: Path, *, compare: bool = False, control: bool = False, cons
     console.print(_table(summary))
     figures = _draw(output, before, after, results)
     elapsed = time.perf_counter() - started
-    write_json(output / "summary.json", settings | {"seconds": round(elapsed, 1), "arms": summary})
+    of_all = {"seconds": round(earlier.get("seconds", 0.0) + elapsed, 1), "arms": earlier.get("arms", {}) | summary}
+    write_json(output / "summary.json", settings | of_all)
     _say_next(console, output, figures, results[SMT.title], elapsed)
 
 
@@ -230,6 +233,7 @@ def _say_next(console: Console, output: Path, figures: dict[str, Path], result: 
 
 def _write_lines(path: Path, records: list[dict[str, str]]) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if not path.is_file():
+        write_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
         raise InputError(f"Expected {path} as this demo writes it. Got another: choose another --output.")
-    write_text(path, text)

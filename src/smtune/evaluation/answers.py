@@ -31,7 +31,10 @@ _STATED = re.compile(
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _OPERATOR = re.compile(r"\s*[-−+*×x÷/^]")
-_SUM = re.compile(r"[\d.\s]*[^\d.\s=].*=")  # more than figures before the last "="
+_SUM = re.compile(  # "20% of 50 =", "5 dollars + 3 dollars =", after the first number; and no new clause
+    r"(?=[\s%(])(?![^=]*\b(?:and|as|because|but|for|has|is|not|since|so|was|which|with)\b)"
+    r"[^=,;:]{0,20}?(?:[-−+*×÷/^%(]|\bof\b)[^=,;:]{0,40}="
+)
 
 # A letter right after "the answer is". A small one may be the article: it must be closed by punctuation.
 _STATED_LETTER = re.compile(
@@ -94,11 +97,12 @@ def _statements(text: str) -> list[str]:
 
 def _stated_number(statement: str) -> float | None:
     found = _NUMBER.search(statement)
-    if found and _SUM.match(statement, found.end()):
-        # "2 + 3 = 5", "20% of 50 = 10": the number stated is the result, which stands first in "5 = 2 + 3".
+    if found and "=" in statement:
+        # "2 + 3 = 5": the number stated is the result; but "7 = 3 + 4" begins with it.
         result = _NUMBER.search(statement, statement.rindex("=") + 1)
-        if result and not _OPERATOR.match(statement, result.end()):
-            found = result
+        is_sum = _SUM.match(statement, found.end()) and not (result and _OPERATOR.match(statement, result.end()))
+        if _OPERATOR.match(statement, found.end()) or is_sum:
+            found = result or found
     return _value(found) if found else None
 
 

@@ -162,7 +162,7 @@ class SeedsDifference:
 
     Args:
         difference: with a 95 % interval over items and seeds.
-        p_value: two-sided, that both are equally good: exact McNemar for one seed, else `p_value_of` the interval.
+        p_value: two-sided, that both are equally good: exact McNemar for one seed, else Welch's.
     """
 
     n: int
@@ -217,32 +217,33 @@ def _in_quadrature(tests: Sequence[tuple[Runs, Runs]]) -> SeedsDifference:
         parts += [(_of_seeds(means), len(means) - 1)] if len(means) > 1 else []
     half = math.hypot(*[part for part, _ in parts])
     estimate = Estimate(value, max(-1.0, value - half), min(1.0, value + half))
-    return SeedsDifference(sum(len(a[0]) for a, _ in tests), estimate, p_value_of(estimate, _degrees(parts)))
+    return SeedsDifference(sum(len(a[0]) for a, _ in tests), estimate, welch(value, parts))
 
 
-def _degrees(parts: Sequence[tuple[float, float]]) -> float:
-    """Of freedom of a sum whose parts have these, each with half of its 95 % interval.
+def welch(value: float, parts: Sequence[tuple[float, float]]) -> float:
+    """The two-sided p-value that a sum is zero, by its parts' variances and degrees of freedom.
 
+    It may be below 0.05 where zero is within the interval, which adds the parts' halves and is a little wider.
+
+    Args:
+        parts: half of the 95 % interval of each, and its degrees of freedom; endless ones are the normal's.
     Source: Welch 1947, Biometrika 34, 28; Satterthwaite 1946, Biometrics Bull. 2, 110.
     """
     variances = [(half / (Z_95 if n == math.inf else student(int(n)))) ** 2 for half, n in parts]
+    total = sum(variances)
+    if not total:
+        return float(value == 0)
     spread = sum(variance**2 / n for variance, (_, n) in zip(variances, parts))
-    return sum(variances) ** 2 / spread if spread else math.inf
+    degrees = total**2 / spread if spread else math.inf
+    t = abs(value) / math.sqrt(total)
+    return math.erfc(t / math.sqrt(2)) if degrees > MANY else student_tails(t, math.floor(degrees))
 
 
-def p_value_of(difference: Estimate, degrees: float = math.inf) -> float:
-    """The two-sided p-value that a difference is zero, by the distribution that its 95 % interval stands for.
-
-    Args:
-        degrees: of freedom of Student's distribution; endless ones make it the normal.
-    """
+def p_value_of(difference: Estimate) -> float:
+    """The two-sided p-value that a difference is zero, by the normal distribution that its 95 % interval stands for."""
     value = difference.value
     half = value - difference.low if value > 0 else difference.high - value  # the side on which zero is
-    if not half:
-        return float(value == 0)
-    if degrees > MANY:
-        return math.erfc(abs(value) / half * Z_95 / math.sqrt(2))
-    return student_tails(abs(value) / half * student(math.floor(degrees)), math.floor(degrees))
+    return math.erfc(abs(value) / half * Z_95 / math.sqrt(2)) if half else float(value == 0)
 
 
 def verdict(difference: Estimate, p_value: float = 0.0) -> Verdict:

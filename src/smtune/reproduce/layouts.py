@@ -168,7 +168,7 @@ def _how(result: Result) -> str:
         text += f" Rates of their own: {'; '.join(dict.fromkeys(swept))}."
     leaked = sorted({task for _, records in result.present for record in records for task in _leaked(record)})
     if leaked:
-        text += f" † questions of {', '.join(leaked)} are among the training rows too."
+        text += f" † questions of {', '.join(leaked)} are among the training rows too: differences leave them out."
     return text + _overlap_text(result)
 
 
@@ -239,7 +239,7 @@ def _scaling(result: Result) -> Table:
         key = (arm.model, arm.row.label)
         row = rows.setdefault(key, [DASH] * len(budgets))
         if records:
-            row[budgets.index(arm.budget)] = _with_interval(average(records))
+            row[budgets.index(arm.budget)] = _with_interval(average(records, compared_tests(records)))
         there, expected = counts.setdefault(key, [0, 0])
         counts[key] = [there + count, expected + arm.n_cells]
     return heads, [[*key, *row, "{} of {}".format(*counts[key])] for key, row in rows.items()]
@@ -379,7 +379,7 @@ def _accuracy_figures(result: Result, folder: Path) -> list[Path]:
     several = len({arm.model for arm, _ in result.present}) > 1
     for arm, records in result.present:
         heading = f"{arm.family}, {arm.model}" if several else arm.family
-        panels.setdefault(heading, {})[arm.row.label] = average(records)
+        panels.setdefault(heading, {})[arm.row.label] = average(records, compared_tests(records))
     dots(panels, path, x="accuracy, %, with 95 % interval", title=title_of(result))
     swept, judged_by = _sweeps(result)
     if not swept:
@@ -426,7 +426,7 @@ def _curve_figures(result: Result, folder: Path) -> list[Path]:
     for arm, records in result.present:
         metrics = records[0]["metrics"]
         share = 100 * metrics["trained_parameters"] / metrics["total_parameters"]
-        ours.setdefault(f"{arm.row.label}, {arm.model}", []).append((share, average(records)))
+        ours.setdefault(f"{arm.row.label}, {arm.model}", []).append((share, average(records, compared_tests(records))))
     curves(ours, path, x="trained parameters, %", y="accuracy", title=title_of(result))
     paper = folder / f"{result.experiment.name}-paper.png"
     published = result.experiment.published

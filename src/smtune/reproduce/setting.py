@@ -221,12 +221,17 @@ def _tests(setting: Setting, declared: Family) -> list[Item]:
     tier = setting.declared
     limit = setting.items or tier.evaluation.items
     folder = None if setting.data is None else _tests_folder(Path(setting.data), tier)
+    files = [source for source in declared.train if is_file(source)]
+    wanted = f"--data with a folder that holds the tests ({tier.tests_folder} or {LLM_ADAPTERS})"
+    wanted += f" and {', '.join(files)}" if files else ""
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"Expected {wanted}. Got {setting.data}, which has no tests.")
     try:
         return [item for task in resolve_tasks(declared.tests) for item in _items(task, folder, limit, declared.skip)]
     except InputError as error:
         if folder is not None:
             raise
-        raise InputError(f"{error} Here: `git clone {RECORDS_URL}`, and --data with the clone.") from None
+        raise InputError(f"Expected {wanted}. Got none: `git clone {RECORDS_URL}` has the tests.") from error
 
 
 def _tests_folder(folder: Path, tier: Tier) -> Path:

@@ -39,7 +39,7 @@ class Store:
             # Lines end with "\n" alone: splitlines() would also cut at separators inside a completion.
             *lines, rest = path.read_text(encoding="utf-8").split("\n")
             record, *items = map(json.loads, lines)
-            tests = record["metrics"].get("tests") or {}
+            tests = record.get("metrics", {}).get("tests") or {}
             is_whole = rest == "" and record["cell"] == cell_id
             is_whole = is_whole and (not tests or len(items) == sum(test["items"] for test in tests.values()))
         except FileNotFoundError:

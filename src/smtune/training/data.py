@@ -47,33 +47,49 @@ class TrainingData:
         return Collator(self.tokenizer.pad_token_id)
 
 
-def load_data(config: TrainConfig) -> TrainingData:
-    """Read and encode the rows.
+@dataclass(frozen=True)
+class Records:
+    """What a run's rows are made of: records to train on, and those held out, None if none are."""
+
+    train: list[Record]
+    held_out: list[Record] | None
+
+
+def read_data(config: TrainConfig) -> Records:
+    """Read the records, before anything is asked of the model: a file that is missing is told at once.
 
     Raises:
-        InputError: a source that cannot be read, rows without text, or too few of them to hold some out.
+        InputError: a source that cannot be read, or too few records to hold some out.
     """
     data, seed = config.data, config.training.seed
-    # The rows first: a file that is missing is told at once, before the tokenizer is fetched.
     records = read_records(data.train, format=data.format, limit=data.limit, seed=seed)
-    held_out_records, held_out_sources = None, data.validation
     if isinstance(data.validation, (str, list)):
-        held_out_records = read_records(data.validation, format=data.format)
-    elif isinstance(data.validation, int):
+        return Records(records, read_records(data.validation, format=data.format))
+    if isinstance(data.validation, int):
         # Records and not rows: pieces of one long text stay together.
-        records, held_out_records = _split(records, data.validation, seed)
-        held_out_sources = data.train
+        return Records(*_split(records, data.validation, seed))
+    return Records(records, None)
+
+
+def load_data(config: TrainConfig, records: Records) -> TrainingData:
+    """Encode the rows.
+
+    Raises:
+        InputError: rows without text, or that do not fit.
+    """
+    data = config.data
+    held_out_sources = data.train if isinstance(data.validation, int) else data.validation
     tokenizer = load_tokenizer(config.model)
 
     encoded = partial(
         encode, tokenizer=tokenizer, max_length=data.max_length, train_on=data.train_on, on_long=data.on_long
     )
-    rows, report = encoded([to_example(record, tokenizer) for record in records])
+    rows, report = encoded([to_example(record, tokenizer) for record in records.train])
     held_out, summary = None, str(report)
     record = {"sources": _digests(data.train), **dataclasses.asdict(report)}
-    if held_out_records is not None:
+    if records.held_out is not None:
         try:
-            held_out, held_out_report = encoded([to_example(record, tokenizer) for record in held_out_records])
+            held_out, held_out_report = encoded([to_example(record, tokenizer) for record in records.held_out])
         except InputError as error:
             raise InputError(f"data.validation: {error}") from error
         summary += f". Held out: {held_out_report}"

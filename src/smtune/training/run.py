@@ -32,7 +32,7 @@ from smtune.models import fingerprint, identity, portable_name, skeleton, weight
 from smtune.scoring import DATA_FREE
 from smtune.training.callbacks import Checkpoints, Metrics, TrainProgress
 from smtune.training.config import TrainConfig
-from smtune.training.data import TrainingData, check_same_data, load_data
+from smtune.training.data import TrainingData, check_same_data, load_data, read_data
 from smtune.training.environment import describe_environment
 from smtune.training.folder import RunFolder, read_record, step_of, write_folder
 from smtune.training.lock import locked
@@ -169,17 +169,18 @@ def _train(
     fault = _from_main(_other_base(folder, config) if is_main else None)
     if fault is not None:
         raise InputError(fault)
-    data = load_data(config)
-    check_same_data(folder, data)
-    _say(console, f"Data: {data.summary}")
+    records = read_data(config)
     kept = folder.plan if config.method == "smt" and _from_main(folder.has_plan(config)) else None
     makes_plan = config.method == "smt" and config.smt.plan is None
     must_score = makes_plan and kept is None
-    # What does not fit the model is found here, before its weights are read and anything is written.
+    # What does not fit the model is found here, before rows are encoded, its weights read and anything is written.
     if must_score:
         check_scoring(config)
     with whole_weights(arguments):
         foreseen = foresee(config, kept)
+    data = load_data(config, records)
+    check_same_data(folder, data)
+    _say(console, f"Data: {data.summary}")
     _say_remarks(console, foreseen)
     _, steps = count_steps(config, len(data.rows), PartialState().num_processes)
     for remark in remarks_on_steps(config, steps):
@@ -262,9 +263,10 @@ def select_plan(config: TrainConfig, console: Console | None = None) -> smtune.P
     if config.method != "smt" or config.smt.plan is not None:
         raise InputError("Expected the method smt without smt.plan: only then is there a plan to make.")
     check_scoring(config)
-    data = load_data(config)
+    records = read_data(config)
     console = console or Console(stderr=True)
     _say_remarks(console, foresee(config))
+    data = load_data(config, records)
     model = load_base(config).to(PartialState().device)
     return score(model, data.rows, data.collator, config, console.is_terminal)
 
@@ -288,13 +290,14 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
         check_scoring(config)
-    data = load_data(config)
-    if not folder.is_finished:
-        fault = _other_base(folder, config)
-        if fault is not None:
-            raise InputError(fault)
-        check_same_data(folder, data)
+    records = read_data(config)
+    fault = None if folder.is_finished else _other_base(folder, config)
+    if fault is not None:
+        raise InputError(fault)
     foreseen = foresee(config, kept)
+    data = load_data(config, records)
+    if not folder.is_finished:
+        check_same_data(folder, data)
     blocks, n_scoring, plan = "", 0, foreseen.plan
     if plan is not None:
         blocks = f": {plan.n_blocks:,} blocks of {plan.block_size}² out of {len(plan.modules)} matrices"

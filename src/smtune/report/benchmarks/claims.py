@@ -277,7 +277,9 @@ def _forward(suite: Suite) -> tuple[str, str]:
 
 def _lower(suite: Suite) -> tuple[str, str]:
     texts, lower = [], []
-    measured = {name for equal in EQUAL.values() for name, arm in equal.items() if ran(suite.arms.get(arm))}
+    measured = {
+        name for equal in EQUAL.values() for name, arm in equal.items() if ran(suite.arms.get(as_trained(suite, arm)))
+    }
     for smt, equal in EQUAL.items():
         arms = {"SMT": smt, **{name: as_trained(suite, arm) for name, arm in equal.items()}}
         peaks = {name: peak for name, arm in arms.items() if (peak := get(suite.arms.get(arm), "peak_tensor_bytes"))}

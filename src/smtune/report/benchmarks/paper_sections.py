@@ -28,7 +28,7 @@ def claims_section(results: Record) -> str:
     suite. *Cut to 0.5 %* is judged at 0.43 %; at 0.84 % it cannot be. Of the activations the
     union of the used columns is kept, and blocks at random places touch most columns. Full fine-tuning is that of fp32
     weights, as all arms train: beside models in bf16 under autocast. The 14.6× and the 67 % are of GPUs, offloading
-    and whole models, of which these two layers without a GPU are none: such figures are shown and not judged."""
+    and whole models, of which these two layers are none: such figures are shown and not judged."""
     heads = ("the paper", "measured", "SMT 0.43 %", "SMT 0.84 %", "trained share (0.84 %)", "cut to it", "cut to 0.5 %")
     shares = [
         (

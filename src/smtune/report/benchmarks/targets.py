@@ -416,6 +416,8 @@ def _below_lora(suite: Suite, key: str, noise: float | None = None) -> tuple[str
     for smt, equal in EQUAL.items():
         lora = as_trained(suite, equal["LoRA"])
         mine, theirs = (get(suite.arms.get(arm), key) for arm in (smt, lora))
+        if mine and not theirs:
+            parts[words.arm(smt)] = (f"{words.size(mine)}, its rival is not measured", PART)
         if mine and theirs:
             text = f"{words.size(mine)} against {words.size(theirs)} ({words.signed_size(mine - theirs)})"
             is_told = noise is None or abs(mine - theirs) > noise

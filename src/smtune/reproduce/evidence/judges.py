@@ -32,7 +32,7 @@ OF_BENCHMARK = {
     cost_claims.DOES_NOT: DOES_NOT,
     targets.OPEN: UNDECIDED,
     targets.PART: UNDECIDED,
-    cost_claims.NOT_HERE: f"{NOT_TESTABLE}: it is about GPUs",
+    cost_claims.NOT_HERE: f"{NOT_TESTABLE}: it is about whole models on GPUs",
 }
 """By a verdict of `smtune bench`, the one here."""
 

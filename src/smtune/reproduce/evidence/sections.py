@@ -237,15 +237,18 @@ def wins_section(tasks: Sequence[Task], links: Links, pictures: dict[str, str]) 
 
 
 def _luck_of_sweeps(task: Task) -> str:
-    """What the means of swept arms owe to the choice of the rate by one of the runs in them; "" where none was."""
-    leads = task.lead_of_first_seed
-    if not leads:
+    """What the means of swept arms may owe to the choice of the rate by one of the runs in them; "" where none was."""
+    swept, given = task.leads_of_first_seed
+    if not swept:
         return ""
-    text = f"""The first seed's runs chose the rates of swept arms, and the best of them is in the arm's mean, with its
-    luck: its accuracy less that of the arm's other seeds is {minus(f"{100 * fmean(leads):+.1f}")} points, the mean
-    of {len(leads)}
-    arms (above zero in {sum(lead > 0 for lead in leads)}). Of k seeds a k-th of that is in an arm's mean; arms tried at
-    one rate have none of it."""
+
+    def lead(leads: Sequence[float]) -> str:
+        return f"{minus(f'{100 * fmean(leads):+.1f}')} points, the mean of {len(leads)}"
+
+    beside = f", and in those tried at one rate {lead(given)}" if given else ""
+    text = f"""The first seed's runs chose the rates of swept arms, so its luck may be in an arm's mean, a k-th of it
+    among k seeds. Its accuracy less the other seeds' is in swept arms {lead(swept)} arms{beside}. The seed's own effect
+    is in it too, which all arms share."""
     return prose(text)
 
 

@@ -80,12 +80,14 @@ class Task:
     def rivals(self) -> list[Found]:
         """All arms that SMT is held against, run or not, each once."""
         rivals: dict[str, Found] = {}
-        for arm in (arm for name in COMPARED for arm in self.arms(name)):
+        compared = [arm for name in COMPARED for arm in self.arms(name)]
+        for arm in sorted(compared, key=lambda arm: arm.arm.budget != BUDGET):  # those of the very budget first
             row = arm.arm.row
             is_smt = (row.method, row.criterion, row.policy, row.shuffled) == ("smt", "abs_of_sum", None, False)
             if row.method == "base" or is_smt or not (row.method in UNBUDGETED or of_one_size(arm.arm.budget, BUDGET)):
                 continue
-            rivals.setdefault(json.dumps(arm.arm.fixed, sort_keys=True), self.results.most_run(arm))
+            but_budget = {key: value for key, value in arm.arm.fixed.items() if key != "budget"}
+            rivals.setdefault(json.dumps(but_budget, sort_keys=True), self.results.most_run(arm))
         return list(rivals.values())
 
     @cached_property
@@ -98,11 +100,14 @@ class Task:
         return design(self.contrasts)
 
     @cached_property
-    def lead_of_first_seed(self) -> list[float]:
-        """Of each compared arm whose rate its first seed's runs chose: that run's accuracy less its other seeds'."""
-        compared = [*([self.smt] if self.smt else []), *self.rivals]
-        swept = [accuracies_by_seed(arm) for arm in compared if len(arm.arm.rates) > 1 and len(arm.records) > 1]
-        return [first - fmean(others) for first, *others in swept]
+    def leads_of_first_seed(self) -> tuple[list[float], list[float]]:
+        """Of each compared arm the first seed's accuracy less the others': where it chose the rate, and where not."""
+        leads: tuple[list[float], list[float]] = [], []
+        for arm in (*([self.smt] if self.smt else []), *self.rivals):
+            if arm.arm.row.method != "base" and len(arm.records) > 1:
+                first, *others = accuracies_by_seed(arm)
+                leads[len(arm.arm.rates) == 1].append(first - fmean(others))
+        return leads
 
     def arms(self, experiment: str) -> list[Found]:
         """Those of an experiment that are of this task, in its order."""
