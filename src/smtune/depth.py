@@ -9,7 +9,7 @@ its X, but no dX, and nothing below it is computed. So the higher the lowest tra
 Layers that read one input (q, k and v) stand side by side: none is above another. All others are put in one line, in
 the order of the data: that of the modules in the model, but for the few that are not made in this order. So of two
 branches (a router and its experts, latent queries and keys, an MLP beside its attention) one counts as below the other,
-and its cost is too high, never too low. Where an MLP is beside attention (GPT-J, Phi, Cohere, Falcon), it is the MLP.
+and its cost is too high. Where an MLP is beside attention (GPT-J, Phi, Cohere, Falcon), it is the MLP.
 Attention's own products and norms, which have no weight matrix, are not in the count; every expert of a mixture counts
 as if all tokens went through it.
 
@@ -41,8 +41,8 @@ SHARED_INPUTS = frozenset(
 READ_FIRST = SHARED_INPUTS | {"qkv_proj", "query_key_value", "Wqkv", "c_attn", "in_proj"}
 """Those, and last names of modules that read their parent's input alone: what else is under it comes after them."""
 
-MIXERS = ("attn", "attention", "mamba")
-"""Parts of names of what comes before a layer's MLP, in whichever order the two are made."""
+MLPS = frozenset({"mlp", "feed_forward", "shared_mlp", "block_sparse_moe"})
+"""Parts of a layer that come after its attention, in whichever order they are made."""
 
 PARALLEL = frozenset({"codegen", "cohere", "cohere2", "gptj", "phi"})
 """Model types whose MLP stands beside the attention."""
@@ -93,7 +93,7 @@ def _place(name: str) -> tuple[str, frozenset[str]]:
 def _in_order_of_data(model: nn.Module, names: list[str]) -> list[str]:
     """Names of linear layers, in the order of the model, by when a forward comes to them.
 
-    Within a layer attention comes first, or last where the MLP stands beside it; within a parent come first those that
+    Within a layer the MLP comes last, or first where it stands beside attention; within a parent come first those that
     read its input. Else it is the order of the model.
     """
     lists = _layer_lists(model)
@@ -107,16 +107,19 @@ def _in_order_of_data(model: nn.Module, names: list[str]) -> list[str]:
         parent, _, last = name.rpartition(".")
         of_layer = first.setdefault(("layer", layer), number)
         of_parent = number if parent == layer else first.setdefault(("parent", parent), number)
-        is_mixer = any(word in part for word in MIXERS)
         reads_first = last in READ_FIRST
-        keys[name] = (of_layer, is_mixer is is_parallel, of_parent if reads_first else number, not reads_first)
+        keys[name] = (
+            of_layer,
+            (part in MLPS) is not is_parallel,
+            of_parent if reads_first else number,
+            not reads_first,
+        )
     return sorted(names, key=keys.__getitem__)
 
 
 def _is_parallel(model: nn.Module) -> bool:
-    """Whether the layers' MLPs stand beside attention, by the configuration of a transformers model."""
+    """Whether the layers' MLPs stand beside attention, by the configuration of a transformers model of text."""
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     flags = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
     return getattr(config, "model_type", None) in PARALLEL or any(getattr(config, flag, False) for flag in flags)
 

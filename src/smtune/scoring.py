@@ -479,9 +479,10 @@ def _here(part: Callable[[], T]) -> T:
 
 
 def _on_every_rank(part: Callable[[], T]) -> T:
-    """What `part` gives here, once it is done on every rank: where one fails, none goes on to wait for it.
+    """What `part` gives here, once it is done on every rank: where one has failed by its end, none goes on alone.
 
-    A weight that is sharded over the ranks is gathered by all of them together.
+    A weight that is sharded over the ranks is gathered by all of them together; a rank that fails in the midst of a
+    forward leaves the others waiting there, as in training.
 
     Raises:
         _FailedElsewhere: `part` failed on another rank alone.
@@ -506,8 +507,8 @@ def _in_step(batches: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, o
     Raises InputError on every rank once one has run out before another.
     """
     iterator = iter(batches)
-    while True:
-        batch = _on_every_rank(partial(next, iterator, None))
+    for number in itertools.count(1):
+        batch = _on_every_rank(partial(_next_batch, iterator, number))
         has_batch = torch.tensor([int(batch is not None)], device=_reduction_device())
         dist.all_reduce(has_batch)
         if not has_batch.item():
@@ -522,12 +523,23 @@ def _in_step(batches: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, o
         yield batch
 
 
-def batch_loss(model: nn.Module, batch: object, device: torch.device, number: int, remedy: str = "") -> Tensor:
-    """The loss of a batch, which is moved to `device`. Raises InputError where there is no finite one."""
+def _next_batch(iterator: Iterator[object], number: int) -> Mapping[str, object] | None:
+    """The next batch, checked before any rank runs it; None after the last."""
+    batch = next(iterator, None)
+    return None if batch is None else _checked(batch, number)
+
+
+def _checked(batch: object, number: int) -> Mapping[str, object]:
     if not isinstance(batch, Mapping):
         raise InputError(
             f"Expected batches of keyword dicts for the model's forward. Got {type(batch).__name__} at batch {number}."
         )
+    return batch
+
+
+def batch_loss(model: nn.Module, batch: object, device: torch.device, number: int, remedy: str = "") -> Tensor:
+    """The loss of a batch, which is moved to `device`. Raises InputError where there is no finite one."""
+    batch = _checked(batch, number)
     if device.type != "meta":  # offloaded models move their inputs themselves
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     output = model(**batch)
@@ -626,15 +638,15 @@ def modes_and_flags_kept(model: nn.Module) -> Iterator[None]:
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Freeze the model in train mode; afterwards restore modes, flags, gradients, buffers and random states."""
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, whole, whole.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta  # offloaded, and brought in as a copy for each use
+        if buffer is not None and (whole := _offloaded(module, name) if buffer.is_meta else buffer) is not None
     ]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = range(torch.accelerator.device_count()) if accelerator is not None else []
     kind = "cuda" if accelerator is None else accelerator.type
     with torch.random.fork_rng(devices=devices, device_type=kind), modes_and_flags_kept(model):
@@ -645,10 +657,16 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
-            for module, name, buffer, value in buffers:
+            for module, name, buffer, whole, value in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                if not torch.equal(whole, value):
+                    whole.copy_(value)
+
+
+def _offloaded(module: Any, name: str) -> Tensor | None:
+    """The tensor that Accelerate keeps of an offloaded buffer in memory; on CPUs the forward has it itself."""
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return weights[name] if weights is not None and name in weights else None
 
 
 def _sum_over_ranks(accumulators: Mapping[str, _Accumulator], seen: int, failure: Exception | None) -> int:

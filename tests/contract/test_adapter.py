@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaForTokenClassification,
 )
 
 import smtune
@@ -240,12 +241,20 @@ def test_an_accumulator_device_can_be_saved(device, tmp_path):
     assert peft.PeftConfig.from_pretrained(tmp_path).accumulator_device == "cpu"
 
 
+SMALL_ROBERTA = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_head_that_peft_trains_whole_has_no_blocks(mode, tmp_path):
     """PEFT adds the head to the modules to save, after the plan has been made."""
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    base = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=64, num_labels=16)).eval()
+    base = RobertaForSequenceClassification(RobertaConfig(**SMALL_ROBERTA, num_labels=16)).eval()
     again = copy.deepcopy(base)
     batch = {"input_ids": IDS % 64, "labels": torch.tensor([0, 1])}
     config = SMTConfig(target_modules="all-linear", task_type="SEQ_CLS", block_size=16, budget=30, mode=mode)
@@ -264,18 +273,28 @@ def test_a_head_that_peft_trains_whole_has_no_blocks(mode, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_of_what_is_trained_whole_are_refused(mode):
     plan = smtune.make_plan(make_base(), None, make_config(target_modules=["gate_proj", "lm_head"]))
-    for saved, layer in (("mlp", "gate_proj"), ("lm_head", "lm_head")):
+    for saved, layer in (("mlp", "gate_proj"), ("lm_head", "lm_head"), ("head", "lm_head")):
         base = make_base()
-        with pytest.raises(InputError, match=rf"Got a plan with \S*{layer}, and modules_to_save with {saved}"):
+        with pytest.raises(
+            InputError, match=rf"a plan with \S*{layer}, of 'default', and modules_to_save with {saved}"
+        ):
             peft.get_peft_model(base, make_config(mode=mode, modules_to_save=[saved]).with_plan(plan))
         assert not layers(base)
     model = peft.get_peft_model(make_base(), make_config(modules_to_save=["lm_head"]))
-    with pytest.raises(
-        InputError, match="a plan with lm_head, and modules_to_save with it, of this adapter or another"
-    ):
+    with pytest.raises(InputError, match="a plan with lm_head, of 'two', and modules_to_save with lm_head"):
         model.add_adapter("two", make_config(target_modules=["lm_head"]))
     model.add_adapter("three", make_config(target_modules="all-linear"))
     assert not any("lm_head" in name for name in model.peft_config["three"].block_map())
+    model = peft.get_peft_model(make_base(), make_config(target_modules=["gate_proj"]))
+    with pytest.raises(InputError, match=r"gate_proj, of 'default', and modules_to_save with mlp"):
+        model.add_adapter("two", make_config(modules_to_save=["mlp"]))
+
+
+def test_a_plan_with_a_head_that_peft_trains_whole_is_refused():
+    base = RobertaForTokenClassification(RobertaConfig(**SMALL_ROBERTA, num_labels=16))
+    plan = smtune.make_plan(base, None, make_config(target_modules="all-linear", budget=1.0))
+    with pytest.raises(InputError, match="a plan with classifier, of 'default', and modules_to_save with classifier"):
+        peft.get_peft_model(base, make_config(task_type="TOKEN_CLS").with_plan(plan))
 
 
 def test_a_layer_that_cannot_be_resident_is_told_before_any_is_replaced(tmp_path):

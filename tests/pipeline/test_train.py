@@ -882,6 +882,21 @@ def test_what_is_hardly_meant_is_remarked(configure, capsys, monkeypatch):
     ]
 
 
+def test_a_run_of_other_products_is_not_gone_on_with(configure, quiet):
+    """Runs of LoRA beside bf16 weights were not under autocast once, and their records do not say."""
+    config = configure("dtype=bfloat16", "training.save_steps=2", method="lora")
+    with pytest.raises(Stop):
+        train(config, console=quiet, callbacks=[StopAt(5)])
+    folder = RunFolder(config.output)
+    record = json.loads(folder.environment.read_text())
+    assert record.pop("autocast") is True
+    folder.environment.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="made the checkpoints in .*, without autocast. Got in bf16 under autocast"):
+        train(config, resume=True, console=quiet)
+    folder.environment.write_text(json.dumps(record | {"autocast": True}))
+    assert train(config, resume=True, console=quiet).steps == STEPS
+
+
 def test_a_warm_up_as_long_as_the_run_is_told_when_it_trains(configure, capsys):
     train(configure("training.max_steps=1", method="lora"), console=Console(width=400))
     assert "Warning: the learning rate is zero in its only step" in capsys.readouterr().out
@@ -919,6 +934,10 @@ def test_a_run_whose_start_was_cut_is_begun(configure, tmp_path):
     folder.config.write_text("# changed by hand\n" + config.to_yaml())
     assert not folder.is_begun
     folder.environment.write_text('{"smtune": "0.1.0"}')
+    assert folder.is_begun
+    folder.environment.unlink()  # as is advised where it is damaged
+    (folder.checkpoints / "checkpoint-3").mkdir(parents=True)
+    (folder.checkpoints / "checkpoint-3" / COMPLETE).touch()
     assert folder.is_begun
 
 

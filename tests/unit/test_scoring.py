@@ -223,9 +223,12 @@ def test_buffers_that_are_offloaded_are_left_alone():
     model = cpu_offload(Normed(), torch.device("cpu"), offload_buffers=True)
     config = SMTConfig(target_modules=["q_proj"], block_size=4, budget=1, criterion="net")
     state = random.getstate()
+    kept = model.norm._hf_hook.weights_map
+    before = {name: kept[name].clone() for name in ("running_mean", "running_var", "num_batches_tracked")}
     scores = smtune.score_blocks(model, [{"x": torch.randn(4, 8)}], config)
     assert scores["q_proj"].shape == (2, 2)
     assert random.getstate() == state
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name not in DATA_FREE])

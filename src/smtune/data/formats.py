@@ -169,7 +169,7 @@ def _shape_fault(row: object, shape: Shape | None) -> str | None:
 def _field_fault(row: Mapping[str, Any], shape: Shape) -> str | None:
     """What is wrong with the fields of a row that has them all."""
     if shape == "messages":
-        if row.get("tools"):
+        if row.get("tools") not in (None, "", "[]", "{}", "null", [], {}):
             return 'Expected a conversation without "tools", which are not rendered into the prompt. Got some.'
         return _messages_fault(row["messages"])
     keys = SHAPES[shape]

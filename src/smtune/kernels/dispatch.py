@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +81,11 @@ def flatten(x: Tensor) -> Tensor:
 # them, since a compiler can trace neither the making in a backward nor a cache that another step has filled. Nor may a
 # CUDA graph hold the tables, whose memory is its own to use again: compilers are told to leave the operators out of it.
 
-TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
+_takes_tags = "tags" in signature(torch.library.custom_op).parameters  # from torch 2.8 on
+_TAGGED: dict[str, Any] = {"tags": _TAGS} if _takes_tags else {}
 
 
 def _block_grad(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], block_size: int) -> Tensor:
@@ -100,7 +106,7 @@ def _block_grad_fake(grad_y: Tensor, x: Tensor, rows: Sequence[int], cols: Seque
 torch.library.define(
     "smtune::block_grad",
     "(Tensor grad_y, Tensor x, int[] rows, int[] cols, int block_size) -> Tensor",
-    tags=TAGS,
+    tags=_TAGS,
 )
 torch.library.impl("smtune::block_grad", "default", _block_grad)
 torch.library.impl("smtune::block_grad", "cuda", _block_grad_gpu)
@@ -113,7 +119,7 @@ def _block_grad_flop(grad_y_shape, x_shape, rows, cols, block_size, *args, **kwa
     return 2 * x_shape[0] * len(rows) * block_size**2
 
 
-@torch.library.custom_op("smtune::block_product_", mutates_args=("y",), tags=TAGS)
+@torch.library.custom_op("smtune::block_product_", mutates_args=("y",), **_TAGGED)
 def _block_product_op(
     y: Tensor, x: Tensor, blocks: Tensor, rows: Sequence[int], cols: Sequence[int], transpose: bool
 ) -> None:

@@ -68,6 +68,8 @@ class RunFolder:
         with suppress(OSError, ValueError, TypeError):
             if "smtune" in json.loads(self.environment.read_text(encoding="utf-8")):
                 return True
+        if any((checkpoint / COMPLETE).is_file() for checkpoint in list_checkpoints(self.checkpoints)):
+            return True
         with suppress(OSError, ValueError, InputError):
             return load_config(self.config).resolved().to_yaml() == self.config.read_text(encoding="utf-8")
         return False
@@ -83,12 +85,15 @@ class RunFolder:
         made += [checkpoint / COMPLETE for checkpoint in list_checkpoints(self.checkpoints)]
         return any(path.exists() for path in made)
 
-    def check_start(self, config: TrainConfig, resume: bool, processes: int, engine: str) -> None:
+    def check_start(
+        self, config: TrainConfig, resume: bool, processes: int, engine: str, is_autocast: bool = False
+    ) -> None:
         """Raises InputError unless `config` (resolved) may start here: in a new or empty folder, or as the same run.
 
         Args:
             processes: that would train. A step takes rows for each, so another number is another run.
             engine: that would train. Another finds no state of the optimizer in the checkpoints.
+            is_autocast: whether its products would be under autocast. Others give other bits.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"Expected output to be a folder. {self.path} is a file.")
@@ -120,12 +125,12 @@ class RunFolder:
                 + "\n  ".join(lines)
                 + "\nUndo them, or choose another output."
             )
-        self._check_launch(processes, engine)
+        self._check_launch(config, processes, engine, is_autocast)
         for record in (self.data, self.environment, self.scoring):
             if record.is_file():
                 read_record(record)
 
-    def _check_launch(self, processes: int, engine: str) -> None:
+    def _check_launch(self, config: TrainConfig, processes: int, engine: str, is_autocast: bool) -> None:
         whole = [path for path in list_checkpoints(self.checkpoints) if (path / COMPLETE).is_file()]
         if self.is_finished or not whole or not self.environment.is_file():
             return
@@ -137,6 +142,13 @@ class RunFolder:
             raise InputError(
                 f"Expected the number of processes that made the checkpoints in {self.path}, {before}: a step takes "
                 f"rows for each. Got {processes}: start {before}, or choose another output."
+            )
+        was_autocast = last.get("autocast", config.method == "full" and config.dtype == "bfloat16")  # as of old
+        if was_autocast != is_autocast:
+            raise InputError(
+                f"Expected the products that made the checkpoints in {self.path}, {_products(was_autocast)}. Got "
+                f"{_products(is_autocast)}, as smtune trains this method now: use the smtune that began it, or choose "
+                "another output."
             )
         before = last.get("engine", engine)  # older records have none
         if before != engine:
@@ -235,6 +247,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder by their steps, whole or not. Folders with other names are somebody else's."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def _products(is_autocast: bool) -> str:
+    return "in bf16 under autocast" if is_autocast else "without autocast"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -55,6 +55,7 @@ from smtune.training.trainer import (
     check_trackers,
     count_steps,
     engine_name,
+    is_in_bf16,
     loads_on_first,
     remarks_on_steps,
     rows_per_step,
@@ -144,14 +145,15 @@ def train(
     console = console or Console(stderr=True)
     folder = RunFolder(config.output)
     check_trackers(config)
+    processes = PartialState().num_processes
     if folder.is_finished or folder.path.is_file():
-        folder.check_start(config, resume, PartialState().num_processes, engine_name(config))
+        folder.check_start(config, resume, processes, engine_name(config), is_in_bf16(config))
         _say(console, f"{folder.path} is finished already; nothing to do.")
         return read_result(folder, config)
     check_engine(config)
     arguments = training_arguments(config, folder)
     with locked(folder.path) if PartialState().is_main_process else nullcontext():
-        folder.check_start(config, resume, PartialState().num_processes, engine_name(config))
+        folder.check_start(config, resume, processes, engine_name(config), is_in_bf16(config))
         with folder.room_needed():
             return _train(config, folder, arguments, console, callbacks)
 
@@ -286,7 +288,7 @@ def dry_run(config: TrainConfig, resume: bool = False, processes: int | None = N
     check_trackers(config)
     check_engine(config, processes)
     processes = processes or PartialState().num_processes
-    folder.check_start(config, resume, processes, engine_name(config))
+    folder.check_start(config, resume, processes, engine_name(config), is_in_bf16(config))
     kept = folder.plan if config.method == "smt" and folder.has_plan(config) else None
     if kept is None:
         check_scoring(config)
@@ -412,7 +414,10 @@ def _write_start(
         for left in (folder.data, folder.environment, folder.scoring, folder.metrics):
             left.unlink(missing_ok=True)  # by a start that came to nothing
     write_json(folder.data, data_record)
-    environment = describe_environment(arguments.device, config.training.seed) | {"engine": engine_name(config)}
+    environment = describe_environment(arguments.device, config.training.seed) | {
+        "engine": engine_name(config),
+        "autocast": is_in_bf16(config),
+    }
     step = step_of(checkpoint) if checkpoint is not None else 0
     if folder.environment.is_file():
         before = read_record(folder.environment)

@@ -67,14 +67,14 @@ def check_engine(config: TrainConfig, processes: int | None = None) -> None:
 def _check_precision(config: TrainConfig) -> None:
     """Raises InputError for a launcher's mixed precision: Trainer would cast what the recipe multiplies in fp32."""
     by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if by_launcher != "no" and not (by_launcher == "bf16" and _is_in_bf16(config)):
+    if by_launcher != "no" and not (by_launcher == "bf16" and is_in_bf16(config)):
         raise InputError(
             "dtype: expected accelerate launch to leave the precision to the recipe, and so its mixed_precision to be "
             f"'no'. Got {by_launcher!r}: launch with --mixed_precision no."
         )
 
 
-def _is_in_bf16(config: TrainConfig) -> bool:
+def is_in_bf16(config: TrainConfig) -> bool:
     """Whether Trainer computes in bf16 what is trained in fp32: of a model that is to be bf16, all but SMT's blocks.
 
     They stand in its weights. PEFT's factors would be multiplied in fp32; with DeepSpeed and FSDP2, which cast or widen
@@ -101,7 +101,7 @@ def _check_deepspeed(config: TrainConfig, values: dict[str, Any]) -> None:
         "train_micro_batch_size_per_gpu": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
-        "bf16.enabled": _is_in_bf16(config),
+        "bf16.enabled": is_in_bf16(config),
         "fp16.enabled": False,
         "optimizer.params.lr": training.learning_rate,
         "optimizer.params.weight_decay": training.weight_decay,
@@ -219,15 +219,16 @@ def count_steps(config: TrainConfig, n_rows: int, processes: int) -> tuple[int, 
 
 def remarks_on_steps(config: TrainConfig, steps: int) -> Iterator[str]:
     """What is hardly meant by a warm-up as long as the run, of so many steps."""
-    training = config.training
-    warmup = (
-        training.warmup_steps if training.warmup_steps is not None else math.ceil((training.warmup_ratio or 0) * steps)
-    )
+    key, given = "warmup_ratio", config.training.warmup_ratio or 0.0
+    warmup = math.ceil(given * steps)
+    if config.training.warmup_steps is not None:
+        key, given = "warmup_steps", config.training.warmup_steps
+        warmup = given
     if warmup >= steps > 0:
         rate = "is zero in its only step" if steps == 1 else "never gets to training.learning_rate"
         yield (
-            f"the learning rate {rate}: its warm-up takes {warmup} steps, and the run has {steps}. Set "
-            "training.warmup_steps to fewer, or train for longer."
+            f"the learning rate {rate}: its warm-up takes {warmup} steps by training.{key}, {given:g}, and the run has "
+            f"{steps}. Lower it, or train for longer."
         )
 
 
@@ -273,7 +274,7 @@ def training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgume
         max_grad_norm=training.max_grad_norm,
         # DeepSpeed clips at 1 where its configuration does not say.
         deepspeed=None if training.deepspeed is None else {"gradient_clipping": "auto"} | _deepspeed_values(config),
-        bf16=_is_in_bf16(config),
+        bf16=is_in_bf16(config),
         ddp_timeout=HOURS_TO_WAIT * 3600,
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists, onload_layer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from smtune.depth import backward_end, siblings
@@ -24,7 +23,7 @@ from smtune.tuner.mixed import check_adapter_names, mixed_batch
 from smtune.tuner.plan import make_plan
 from smtune.tuner.quantised import check_backward, keep_trainable
 from smtune.tuner.sharing import SharedInput
-from smtune.tuner.targets import DEFAULT_TARGETS
+from smtune.tuner.targets import DEFAULT_TARGETS, heads
 
 try:
     from peft.utils import quantization_utils
@@ -103,16 +102,25 @@ class SMTModel(BaseTuner):
                 self.peft_config[adapter_name] = config
         planned: Plan = config.get_plan()
         planned.check(model)
-        for name in config.block_map():
-            saved = next((own for own in config.modules_to_save or () if re.search(rf"(^|\.){own}($|\.)", name)), None)
-            if saved is not None or isinstance(model.get_submodule(name), ModulesToSaveWrapper):
-                raise InputError(
-                    f"Expected blocks of layers that no adapter trains whole. Got a plan with {name}, and "
-                    f"modules_to_save with {saved or 'it'}, of this adapter or another: leave it out of one of the two."
-                )
+        self._check_trained_whole(model, config, adapter_name)
         if config.target_modules is None:
             config.target_modules = {name.rpartition(".")[2] for name in planned.modules}
         return config
+
+    def _check_trained_whole(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Raises InputError for blocks, of any adapter, in a module that an adapter trains whole."""
+        configs: dict[str, Any] = {**self.peft_config, adapter_name: config}
+        own = {name: [*(each.modules_to_save or ()), *heads(each)] for name, each in configs.items()}
+        for adapter, each in configs.items():
+            saved = own[adapter_name] if adapter != adapter_name else [one for names in own.values() for one in names]
+            for name in each.block_map():
+                inside = accumulate(name.split("."), "{}.{}".format)
+                if any(prefix.endswith(tuple(saved)) for prefix in inside if saved):
+                    raise InputError(
+                        f"Expected blocks of layers that no adapter trains whole. Got a plan with {name}, of "
+                        f"{adapter!r}, and modules_to_save with {', '.join(dict.fromkeys(saved))}: leave it out of one "
+                        "of the two."
+                    )
 
     def check_block_size(self, adapter_name: str, config: Any) -> None:
         """Raises InputError if another adapter than the named one has blocks of another size in a layer of `config`."""

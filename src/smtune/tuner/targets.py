@@ -167,6 +167,11 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 """By PEFT's task type, the modules that its model for the task adds to `modules_to_save`."""
 
 
+def heads(config: SMTConfig) -> tuple[str, ...]:
+    """What PEFT's model for the configuration's task trains whole beside the adapter."""
+    return HEADS.get(getattr(config.task_type, "value", config.task_type) or "", ())
+
+
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     """The layers that `config` targets, by name in model order, cut into blocks.
 
@@ -259,10 +264,7 @@ def _matches(model: nn.Module, config: SMTConfig) -> list[str]:
             )
         config.target_modules = set(DEFAULT_TARGETS[model_type])
     # PEFT's model for a task trains its head whole, and says so only when it wraps the model.
-    config.modules_to_save = [
-        *(config.modules_to_save or ()),
-        *HEADS.get(getattr(config.task_type, "value", config.task_type) or "", ()),
-    ] or None
+    config.modules_to_save = [*(config.modules_to_save or ()), *heads(config)] or None
     asked = config.target_modules
     _maybe_include_all_linear_layers(config, model)  # expands "all-linear" in place
     # Inside an adapted layer stand its base layer and its blocks; the layer itself is the target.
