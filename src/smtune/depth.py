@@ -41,8 +41,11 @@ SHARED_INPUTS = frozenset(
 READ_FIRST = SHARED_INPUTS | {"qkv_proj", "query_key_value", "Wqkv", "c_attn", "in_proj"}
 """Those, and last names of modules that read their parent's input alone: what else is under it comes after them."""
 
+MIXERS = ("attn", "attention", "mamba")
+"""Of parts of a layer's names: its attention, or what has its place."""
+
 MLPS = frozenset({"mlp", "feed_forward", "shared_mlp", "block_sparse_moe"})
-"""Parts of a layer that come after its attention, in whichever order they are made."""
+"""Parts of a layer that come after its attention, in whichever order the two are made."""
 
 PARALLEL = frozenset({"codegen", "cohere", "cohere2", "gptj", "phi"})
 """Model types whose MLP stands beside the attention."""
@@ -93,27 +96,30 @@ def _place(name: str) -> tuple[str, frozenset[str]]:
 def _in_order_of_data(model: nn.Module, names: list[str]) -> list[str]:
     """Names of linear layers, in the order of the model, by when a forward comes to them.
 
-    Within a layer the MLP comes last, or first where it stands beside attention; within a parent come first those that
-    read its input. Else it is the order of the model.
+    Within a layer the MLP comes after attention, or before it where it stands beside it; within a parent come first
+    those that read its input. Else it is the order of the model.
     """
     lists = _layer_lists(model)
-    is_parallel = _is_parallel(model)
     first: dict[tuple[str, str], int] = {}
-    keys: dict[str, tuple] = {}
+    mixers: dict[str, list[int]] = {}
+    places: dict[str, tuple[str, str, int]] = {}
     for number, name in enumerate(names):
         outermost = _outermost(name, lists)
         layer = name if outermost is None else ".".join(name.split(".")[: outermost.count(".") + 2])
         part = name.removeprefix(f"{layer}.").partition(".")[0]
         parent, _, last = name.rpartition(".")
-        of_layer = first.setdefault(("layer", layer), number)
+        first.setdefault(("layer", layer), number)
         of_parent = number if parent == layer else first.setdefault(("parent", parent), number)
-        reads_first = last in READ_FIRST
-        keys[name] = (
-            of_layer,
-            (part in MLPS) is not is_parallel,
-            of_parent if reads_first else number,
-            not reads_first,
-        )
+        places[name] = layer, part, of_parent if last in READ_FIRST else number
+        if any(word in part for word in MIXERS):
+            mixers.setdefault(layer, []).append(places[name][2])
+    is_parallel = _is_parallel(model)
+    keys: dict[str, tuple] = {}
+    for name, (layer, part, place) in places.items():
+        own, side = place, 0
+        if part in MLPS and layer in mixers:
+            own, side = (min(mixers[layer]), -1) if is_parallel else (max(place, *mixers[layer]), 1)
+        keys[name] = first["layer", layer], own, side, place, name.rpartition(".")[2] not in READ_FIRST
     return sorted(names, key=keys.__getitem__)
 
 
