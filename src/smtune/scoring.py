@@ -354,7 +354,7 @@ def score(
     try:
         seen = _run(model, accumulators, itertools.islice(batches, max_batches), on_batch)
     except _FailedElsewhere:
-        pass
+        pass  # the rank that failed says with what, below
     except Exception as error:
         failure = error
     seen = _sum_over_ranks(accumulators, seen, failure)  # raises the failure, on every rank

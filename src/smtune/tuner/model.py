@@ -102,12 +102,12 @@ class SMTModel(BaseTuner):
                 self.peft_config[adapter_name] = config
         planned: Plan = config.get_plan()
         planned.check(model)
-        self._check_trained_whole(model, config, adapter_name)
+        self._check_trained_whole(config, adapter_name)
         if config.target_modules is None:
             config.target_modules = {name.rpartition(".")[2] for name in planned.modules}
         return config
 
-    def _check_trained_whole(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _check_trained_whole(self, config: Any, adapter_name: str) -> None:
         """Raises InputError for blocks, of any adapter, in a module that an adapter trains whole."""
         configs: dict[str, Any] = {**self.peft_config, adapter_name: config}
         own = {name: [*(each.modules_to_save or ()), *heads(each)] for name, each in configs.items()}
